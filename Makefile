@@ -1,0 +1,34 @@
+# Each target makes its own .venv first; nothing else need be installed.
+PYTHON ?= python3
+BIN = .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test lint bench-quality coverage emission clean
+
+.venv: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch --editable '.[dev]'
+	touch .venv
+
+demo: .venv
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench-quality: .venv
+	$(BIN)/python -m bench.quality
+
+coverage: .venv
+	$(BIN)/python -m bench.coverage
+
+emission: .venv
+	$(BIN)/python -m bench.emission
+
+clean:
+	rm -rf .venv demo

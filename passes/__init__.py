@@ -1,0 +1,53 @@
+"""The changes. `TARGETS` is the table of contents; `PIPELINE` is the order in which passes run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from rewrite.heads import Heads, Rewritten, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rewrite.site import Site
+
+__all__ = ["PIPELINE", "Heads", "Rewritten", "Stats", "Target", "Weights"]
+
+PIPELINE = ("capture", "canonicalise", "find", "plan", "calibrate", "convert", "lower", "emit", "check")
+
+
+class Stats(Protocol):
+    """What calibration offers a target about one site; moments are streamed sums in float64, position by position."""
+
+    tokens: int
+    moments: Mapping[str, Tensor]
+    """The statistics that the target declares in `needs` (passes/moments.py names them)."""
+
+    def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per batch, on the converted model's own activations: the heads' outputs z (tokens, heads, dim) of the
+        attention with `weights`, and the original attention's output y (tokens, outputs) on the same input."""
+        ...
+
+
+class Target(Protocol):
+    """What the user asks for, and the pass that does it: a frozen dataclass."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+
+    def refuse(self, site: Site) -> str | None:
+        """Why this site must stay as it is, with numbers and what would work, or None."""
+        ...
+
+    def after(self, site: Site) -> Site:
+        """The site's new shape, from shapes alone: `plan` needs no weights."""
+        ...
+
+    def rewrite(self, site: Site, weights: Weights, stats: Stats | None) -> Rewritten:
+        """The mathematics, one site at a time; `stats` None means weights only."""
+        ...
+
+    def lossless(self, site: Site) -> Target:
+        """The setting at which nothing is lost."""
+        ...

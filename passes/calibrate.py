@@ -1,0 +1,201 @@
+"""Calibration as one streamed pass: batches walk through the graph from site to site, each converted on the way.
+
+Values at a site are those that the converted model has there, so a later site can make up for an earlier one. What
+is held between two sites is what crosses the cut (the residual stream, tables, masks), never a whole forward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from codegen.eager import operand
+from passes import Weights
+from passes.moments import NEEDS, SiteBatch
+from passes.region import Env, Machine, Slice, entering, projected, run_slice
+from rewrite.errors import BadUsage
+from rewrite.layout import expanded
+
+Batch = Mapping[str, Tensor]
+
+
+class Stream:
+    """Calibration batches on their way through the graph; `slices` in the order in which they will be asked for."""
+
+    def __init__(self, machine: Machine, batches: Sequence[Batch], slices: Sequence[Slice]) -> None:
+        self.machine = machine
+        self.at = 0
+        self.envs = [_first(machine, batch) for batch in batches]
+        self.keep = [_kept(batch) for batch in batches]
+        self.pins = Counter(n for s in slices for n in s.boundary)
+        place = machine.place
+        self.last = {n: max((place[u] for u in n.users), default=-1) for n in machine.nodes}
+
+    def reach(self, part: Slice) -> None:
+        """Run every batch until all that the slice reads is known."""
+        stop = max((self.machine.place[n] for n in part.boundary), default=-1) + 1
+        for env in self.envs:
+            self._run(env, self.at, stop)
+        self.at = max(self.at, stop)
+
+    def leave(self, part: Slice, new: Mapping[str, Tensor]) -> None:
+        """Make `new` the slice's tensors from here on; what was already computed with the old ones is redone."""
+        for name, value in new.items():
+            for place in self.machine.of_tensor.get(name, ()):
+                self.machine.state[place] = value.to(self.machine.state[place].dtype)
+        self.pins -= Counter(part.boundary)
+        done = [n for n in part.nodes if self.machine.place[n] < self.at]
+        for env in self.envs:
+            local = run_slice(self.machine, part, env, {}, done[-1]) if done else {}
+            env.update({n: local[n] for n in done if n in env})
+            for node in [n for n in env if self._dead(n, self.at)]:
+                del env[node]
+
+    def _dead(self, node: Node, at: int) -> bool:
+        return self.last[node] < at and not self.pins[node]
+
+    def _run(self, env: Env, start: int, stop: int) -> None:
+        machine = self.machine
+
+        def look(node: Node) -> object:
+            return env[node] if node in env else machine.state[node]
+
+        with torch.no_grad():
+            for i in range(start, stop):
+                node = machine.nodes[i]
+                if machine.runs(node):
+                    env[node] = machine.step(node, look)
+                for read in node.all_input_nodes:
+                    if read in env and self._dead(read, i + 1):
+                        del env[read]
+
+
+def _first(machine: Machine, batch: Batch) -> Env:
+    """The graph's inputs by name; one that the batch lacks must be read by nobody."""
+    env: Env = {}
+    for node in machine.inputs:
+        if node.name in batch:
+            env[node] = batch[node.name]
+        elif any(machine.runs(u) for u in node.users):
+            raise BadUsage(
+                "calibration",
+                f"the calibration gives no '{node.name}', which the model reads",
+                f"given: {', '.join(sorted(batch)) or 'nothing'}",
+                f"give dictionaries with '{node.name}' as calibration",
+            )
+    return env
+
+
+def _kept(batch: Batch) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+
+@dataclass(frozen=True, eq=False)
+class SiteStats:
+    """`Stats` of one site: its moments, and trial runs of the site on the stream's own activations."""
+
+    stream: Stream
+    part: Slice
+    tensors: Callable[[str], Tensor]
+    tokens: int
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per batch: heads' outputs (tokens, heads, dim) with `weights`, original output (tokens, outputs)."""
+        new = expanded(self.part.site, weights, kv_of, self.tensors)
+        original = _out_map(self.part.site, self.tensors)
+        for env, keep in zip(self.stream.envs, self.stream.keep, strict=True):
+            z = self._enter(env, new)
+            y = original(self._enter(env, {}))
+            yield _counted(z, keep), _counted(y, keep)
+
+    def _enter(self, env: Env, new: Mapping[str, Tensor]) -> Tensor:
+        local = run_slice(self.stream.machine, self.part, env, new, self.part.entry)
+        return entering(self.part, local).double()
+
+
+def _counted(rows: Tensor, keep: Tensor | None) -> Tensor:
+    return rows[keep.reshape(-1)] if keep is not None and keep.numel() == len(rows) else rows
+
+
+def _out_map(site: object, tensors: Callable[[str], Tensor]) -> Callable[[Tensor], Tensor]:
+    from rewrite.layout import gather
+
+    weights = gather(site, tensors)  # type: ignore[arg-type]
+
+    def apply(z: Tensor) -> Tensor:
+        y = torch.einsum("nhd,ohd->no", z, weights.out)
+        return y if weights.out_bias is None else y + weights.out_bias
+
+    return apply
+
+
+def statistics(stream: Stream, part: Slice, needs: frozenset[str], tensors: Callable[[str], Tensor]) -> SiteStats:
+    """Collect what a target declares in `needs` at one site; the stream must have reached it."""
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    for env, keep in zip(stream.envs, stream.keep, strict=True):
+        batch = _site_batch(stream.machine, part, env, keep, tensors)
+        tokens += batch.q.shape[0] * batch.q.shape[2] if keep is None else int(keep.sum())
+        for name in sorted(needs):
+            term = NEEDS[name](batch)
+            sums[name] = sums[name] + term if name in sums else term
+    return SiteStats(stream, part, tensors, tokens, sums)
+
+
+def _site_batch(
+    machine: Machine, part: Slice, env: Env, keep: Tensor | None, tensors: Callable[[str], Tensor]
+) -> SiteBatch:
+    local = run_slice(machine, part, env, {}, part.entry)
+    site = part.site
+    u = {which: projected(part, local, which).double() for which in "qkv"}
+    values = {
+        which: operand(o, torch.split(u[which], [r.rows for r in o.roots], -1), tensors, None, turned=False)
+        for which, o in (("q", site.q), ("k", site.k), ("v", site.v))
+    }
+    return SiteBatch(site, u, values["q"], values["k"], values["v"], lambda: _probabilities(machine, part, local, env), keep)
+
+
+def _probabilities(machine: Machine, part: Slice, local: Env, env: Env) -> Tensor:
+    """(batch, heads, queries, keys) from the core's own operation, whatever mask and bias it was given."""
+
+    def look(node: Node) -> object:
+        return next(values[node] for values in (local, env, machine.state) if node in values)
+
+    for node in part.nodes:
+        name = str(node.target)
+        if "softmax" in name:
+            p = local[node].double()
+            return p if p.dim() == 4 else p.reshape(-1, part.site.heads, *p.shape[-2:])
+        if "scaled_dot_product_attention" in name:
+            return _sdpa_probabilities(*map_arg(node.args, look), **map_arg(node.kwargs, look))
+    raise BadUsage("calibration", f"{part.site.name}: no probabilities to read", "leave the calibration out")
+
+
+def _sdpa_probabilities(  # the argument list is that of the operator
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if enable_gqa else k
+    scores = q.double() @ k.double().transpose(-1, -2) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.double()
+    return torch.nan_to_num(torch.softmax(scores, -1))
