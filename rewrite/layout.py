@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -134,6 +134,35 @@ def _write_out(edits: Edits, out: Output, new: Weights, tensors: Tensors) -> Non
         flat[torch.from_numpy(out.root.bias_at)] = new.out_bias.to(flat.dtype)
 
 
-def changed(edits: Mapping[str, Tensor], tensors: Tensors) -> list[str]:
-    """Names of the tensors whose values really differ."""
-    return [name for name, value in edits.items() if not torch.equal(value, tensors(name))]
+def repeats(site: Site, kv_of: Sequence[int], tensors: Tensors) -> dict[str, IntArray]:
+    """For each tensor with repeated kv heads in its `expanded` form: where each flat entry stands first."""
+    slots = kv_slots(site, kv_of)
+    first = np.array([slots.index(s) for s in slots])
+    maps: dict[str, IntArray] = {}
+    for operand in (site.k, site.v):
+        root = only_root(operand)
+        _repeat(maps, root.tensor, root.index()[operand.rows], first, tensors)
+        if root.bias is not None and root.bias_at is not None:
+            _repeat(maps, root.bias, root.bias_at[operand.rows], first, tensors)
+    return maps
+
+
+def _repeat(maps: dict[str, IntArray], name: str, at: IntArray, first: IntArray, tensors: Tensors) -> None:
+    """`at` (kv heads, ...) flat positions: those of a repeated head point to its first occurrence."""
+    flat = maps.setdefault(name, np.arange(tensors(name).numel(), dtype=np.int64))
+    flat[at.reshape(-1)] = at[first].reshape(-1)
+
+
+def axis_map(flat: IntArray, shape: Sequence[int]) -> tuple[int, IntArray] | None:
+    """(axis, source index along it) where whole rows or whole columns repeat; None where neither does."""
+    if len(shape) == 1:
+        return 0, flat
+    if len(shape) != 2:
+        return None
+    table = flat.reshape(*shape)
+    rows, columns = table[:, 0] // shape[1], table[0] % shape[1]
+    if np.array_equal(table, rows[:, None] * shape[1] + np.arange(shape[1])[None]):
+        return 0, rows
+    if np.array_equal(table, np.arange(shape[0])[:, None] * shape[1] + columns[None]):
+        return 1, columns
+    return None

@@ -1,0 +1,91 @@
+"""Convert: one site after the other, in the order in which the model runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from passes import Stats, Target
+from passes.calibrate import Batch, SiteStats, Stream, statistics
+from passes.find import Found
+from passes.region import Machine, Slice, slice_of, twins
+from rewrite.heads import Rewritten, Weights
+from rewrite.layout import expanded, gather
+from rewrite.program import Program
+from rewrite.site import Site, Tensors
+
+Progress = Callable[[str, int, int], None]
+"""Told the site's name, how many are done and how many there are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One converted site: what it was, what it became, and the attention output's relative squared error on the
+    calibration text (None without calibration)."""
+
+    site: Site
+    rewritten: Rewritten
+    error: float | None
+
+
+def named_tensors(module: nn.Module) -> Tensors:
+    """The module's parameters and buffers by state-dict name, tied ones under each of their names."""
+    table: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    table |= dict(module.named_buffers(remove_duplicate=False))
+    return table.__getitem__
+
+
+def convert_sites(
+    program: Program,
+    found: Found,
+    targets: Mapping[str, Target],
+    batches: Sequence[Batch] | None,
+    progress: Progress,
+) -> dict[str, Change]:
+    """Rewrite every site that `targets` names. Without batches from the weights alone; with them layer after layer,
+    each on the activations that the sites converted before it leave behind."""
+    tensors = named_tensors(program.module)
+    picked = [(s, r) for s, r in zip(found.sites, found.regions, strict=True) if s.name in targets]
+    changes: dict[str, Change] = {}
+    if not batches:
+        for done, (site, _) in enumerate(picked):
+            progress(site.name, done, len(picked))
+            changes[site.name] = Change(site, _rewrite(site, targets[site.name], tensors, None), None)
+        return changes
+    running = program.dynamic or program.static
+    machine = Machine(running, program.module)
+    twin = twins(program.static.graph, running.graph)
+    slices = sorted((slice_of(machine, s, r, twin) for s, r in picked), key=lambda p: machine.place[p.out])
+    stream = Stream(machine, batches, slices)
+    for done, part in enumerate(slices):
+        progress(part.site.name, done, len(slices))
+        changes[part.site.name] = _convert_on(stream, part, targets[part.site.name], tensors)
+    return {s.name: changes[s.name] for s, _ in picked}
+
+
+def _rewrite(site: Site, target: Target, tensors: Tensors, stats: Stats | None) -> Rewritten:
+    return target.rewrite(site, gather(site, tensors), stats)
+
+
+def _convert_on(stream: Stream, part: Slice, target: Target, tensors: Tensors) -> Change:
+    stream.reach(part)
+    stats = statistics(stream, part, target.needs, tensors)
+    rewritten = _rewrite(part.site, target, tensors, stats)
+    kv_of = rewritten.site.kv_of
+    error = output_error(stats, rewritten.weights, kv_of)
+    stream.leave(part, expanded(part.site, rewritten.weights, kv_of, tensors))
+    return Change(part.site, rewritten, error)
+
+
+def output_error(stats: SiteStats, weights: Weights, kv_of: tuple[int, ...]) -> float:
+    """Squared error of the attention's output relative to the output's energy, on the calibration stream."""
+    wrong = total = 0.0
+    for z, y in stats.attend(weights, kv_of):
+        made = torch.einsum("nhd,ohd->no", z, weights.out)
+        made = made if weights.out_bias is None else made + weights.out_bias
+        wrong += float((made - y).square().sum())
+        total += float(y.square().sum())
+    return wrong / total if total else 0.0

@@ -1,0 +1,163 @@
+"""Checkpoint folders: which path is a model, which weights it holds, and what is refused before anything reads them.
+
+Tensor names are never made into paths, names of shards only when they are bare; nothing pickled is read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rewrite.errors import Refused
+from rewrite.weights import BYTES, Header, read_header, read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+"""Endings of weight files that are not read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config and weights: every header verified, no weight read."""
+
+    folder: Path
+    headers: tuple[Header, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(e.end - e.begin for h in self.headers for e in h.entries.values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum((e.end - e.begin) // BYTES[e.dtype] for h in self.headers for e in h.entries.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Types of the tensors, the one with most bytes first."""
+        total: dict[str, int] = {}
+        for entry in (e for h in self.headers for e in h.entries.values()):
+            total[entry.dtype] = total.get(entry.dtype, 0) + entry.end - entry.begin
+        return tuple(sorted(total, key=lambda d: (-total[d], d)))
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read from its own bytes of the file and from no other."""
+        for header in self.headers:
+            if name in header.entries:
+                return read_tensor(header, name)
+        raise KeyError(name)
+
+
+def locate(model: Path) -> Path:
+    """The model folder that a path means; raises where it is none. Weights are not looked at."""
+    folder = model.parent if model.name == "config.json" else model
+    if not model.exists():
+        raise Refused(
+            "not-a-model",
+            f"there is no folder {model}",
+            "models are read from disk; to fetch one: hf download NAME --local-dir FOLDER",
+        )
+    config = folder / "config.json"
+    if not config.is_file():
+        names = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else []
+        held = f"it holds {', '.join(names)}" if names else "it is empty" if folder.is_dir() else "it is a file"
+        raise Refused(
+            "not-a-model",
+            f"{model} is not a model folder: no config.json",
+            held,
+            "give the folder that save_pretrained wrote",
+        )
+    try:
+        parsed = json.loads(config.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why:
+        raise Refused("not-a-model", f"{config} is not JSON", str(why), "download the file again") from why
+    if not isinstance(parsed, dict):
+        raise Refused("not-a-model", f"{config} is not a JSON object", "download the file again")
+    return folder
+
+
+def open_checkpoint(model: Path) -> Checkpoint | None:
+    """The folder's weights, verified; None where a config stands alone. Raises for what is damaged or pickled."""
+    folder = locate(model)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return Checkpoint(folder, (read_header(_regular(single)),))
+    if index.exists():
+        return Checkpoint(folder, _read_shards(folder, index))
+    stray = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
+    if stray:
+        raise Refused(
+            "no-weights", f"{folder} has no model.safetensors and no index", f"it holds {', '.join(stray[:4])}",
+            "rename the one file to model.safetensors, or save the model anew",
+        )  # fmt: skip
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED and "training_args" not in p.name)
+    if pickled:
+        raise Refused(
+            "pickled-weights", f"{folder} holds only pickled weights: {', '.join(pickled[:4])}",
+            "a pickle can run any code when it is read, so none is read here",
+            "where you trust it, save it once as safetensors, in Python:",
+            f"transformers.AutoModel.from_pretrained('{folder}').save_pretrained('{folder}-safe')",
+        )  # fmt: skip
+    return None
+
+
+def require_checkpoint(model: Path) -> Checkpoint:
+    """The folder's verified weights; raises where there are none."""
+    found = open_checkpoint(model)
+    if found is None:
+        raise Refused(
+            "no-weights",
+            f"{model} has a config but no weights, so there is nothing to convert",
+            f"its plan can be made: reattn plan {model}",
+        )
+    return found
+
+
+def _regular(path: Path) -> Path:
+    if not path.is_file():
+        raise Refused("no-weights", f"{path} is no file", "download it again")
+    return path
+
+
+def _read_shards(folder: Path, index: Path) -> tuple[Header, ...]:
+    weight_map = _weight_map(index)
+    headers: dict[str, Header] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise _bad_index(index, f"it lists {shard}, which is not in the folder")
+        headers[shard] = read_header(folder / shard)
+    for name, shard in weight_map.items():
+        if name not in headers[shard].entries:
+            raise _bad_index(index, f"tensor '{name}' is not in {shard}")
+    return tuple(headers.values())
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        raw = json.loads(index.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why:
+        raise _bad_index(index, f"it is not JSON: {why}") from why
+    table = cast("dict[str, Any]", raw).get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise _bad_index(index, "it has no weight_map")
+    if "metadata" not in raw:
+        raise _bad_index(index, 'it has no "metadata", which transformers needs to load it')
+    for name, shard in cast("dict[str, Any]", table).items():
+        if not isinstance(shard, str) or not _bare(shard):
+            raise _bad_index(
+                index, f"tensor '{name}' points to {shard!r}; a bare name ending in .safetensors is wanted"
+            )
+    return cast("dict[str, str]", table)
+
+
+def _bad_index(index: Path, why: str) -> Refused:
+    return Refused("safetensors", f"{index} is damaged", why, "download the file again, or save the model anew")
+
+
+def _bare(name: str) -> bool:
+    return name.endswith(".safetensors") and not set(name) & {"/", "\\", "\0", ":"} and not name.startswith(".")

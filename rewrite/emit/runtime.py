@@ -1,0 +1,215 @@
+"""Attention modules with fewer key and value heads than their class was written for.
+
+`install(model, recipe)` changes a freshly built model as the JSON recipe in its config says. Two forms:
+view   the module stays as it is; its projections hold each distinct head once and repeat it on the way out, and
+       the cache it is given is wrapped so that each distinct head is held once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache
+
+
+def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Heads of x (batch, heads, tokens, dim) by number; the regular cases without an index tensor."""
+    n = len(heads)
+    distinct = max(heads) + 1
+    if n > distinct and n % distinct == 0 and heads == tuple(i // (n // distinct) for i in range(n)):
+        return x[:, :, None].expand(-1, -1, n // distinct, -1, -1).flatten(1, 2)
+    step = heads[1] - heads[0] if n > 1 else 1
+    if step > 0 and heads == tuple(range(heads[0], heads[0] + n * step, step)):
+        return x[:, heads[0] : heads[-1] + 1 : step]
+    return torch.stack([x[:, i] for i in heads], 1)
+
+
+class LayerView:
+    """One layer of a cache, with all heads shown."""
+
+    def __init__(self, inner: Any, of: tuple[int, ...]) -> None:
+        self.inner = inner
+        self.of = of
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self.inner.keys if not self.inner.is_initialized else pick(self.inner.keys, self.of)
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.inner.values if not self.inner.is_initialized else pick(self.inner.values, self.of)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.inner.is_initialized
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.inner.is_sliding
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.inner.is_compileable
+
+    def get_seq_length(self) -> int:
+        return self.inner.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return self.inner.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.inner.get_mask_sizes(query_length)
+
+
+class CacheView(Cache):
+    """A cache as one module sees it: `keep` of the heads it gives are held, `of` says which one is shown where."""
+
+    def __init__(self, inner: Cache, keep: tuple[int, ...], of: tuple[int, ...]) -> None:
+        self.inner = inner  # no super().__init__(): a view holds no layers
+        self.keep = keep
+        self.of = of
+
+    @property
+    def layers(self) -> list[LayerView]:
+        return [LayerView(layer, self.of) for layer in self.inner.layers]
+
+    @property
+    def layer_class_to_replicate(self) -> Any:
+        return self.inner.layer_class_to_replicate
+
+    @property
+    def offloading(self) -> bool:
+        return self.inner.offloading
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if key_states.shape[1] != len(self.of):
+            raise ValueError(
+                f"this cache view was made for {len(self.of)} heads, the module shows {key_states.shape[1]}: "
+                "tensor parallel is not possible here"
+            )
+        k, v = pick(key_states, self.keep), pick(value_states, self.keep)
+        k, v = self.inner.update(k, v, layer_idx, *args, **kwargs)
+        return pick(k, self.of), pick(v, self.of)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.inner.get_seq_length(layer_idx)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.inner.get_max_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.inner.get_mask_sizes(query_length, layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.inner.get_query_offset(layer_idx)
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        return self.inner.has_previous_state(*args, **kwargs)
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        return self.inner.get_conv_state(*args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.inner.update_conv_state(*args, **kwargs)
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        return self.inner.get_recurrent_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.inner.update_recurrent_state(*args, **kwargs)
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.inner.is_compileable
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.inner.is_initialized
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return self.inner.is_sliding
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return self.inner.is_linear
+
+
+class EncoderDecoderView(EncoderDecoderCache):
+    """The same for the pair of caches of a decoder with cross attention; the flags are the pair's own."""
+
+    def __init__(self, inner: EncoderDecoderCache, keep: tuple[int, ...], of: tuple[int, ...]) -> None:
+        self.self_attention_cache = CacheView(inner.self_attention_cache, keep, of)
+        self.cross_attention_cache = CacheView(inner.cross_attention_cache, keep, of)
+        self.is_updated = inner.is_updated
+
+
+def seen(value: Any, keep: tuple[int, ...], of: tuple[int, ...]) -> Any:
+    """A cache as a view, anything else as it is."""
+    if isinstance(value, EncoderDecoderCache):
+        return EncoderDecoderView(value, keep, of)
+    return CacheView(value, keep, of) if isinstance(value, Cache) else value
+
+
+class ShowHeads:
+    """Forward pre-hook of an attention module: every cache among its arguments becomes a view."""
+
+    def __init__(self, keep: list[int], of: list[int]) -> None:
+        self.keep = tuple(keep)
+        self.of = tuple(of)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shown = {name: seen(value, self.keep, self.of) for name, value in kwargs.items()}
+        return tuple(seen(value, self.keep, self.of) for value in args), shown
+
+
+class RepeatRows:
+    """Forward hook of a projection: its output channels, in runs (start, count) of those that it holds."""
+
+    def __init__(self, runs: list[list[int]]) -> None:
+        self.runs = tuple((start, count) for start, count in runs)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return torch.cat([output[..., start : start + count] for start, count in self.runs], -1)
+
+
+def shrink(model: nn.Module, recipe: dict[str, Any]) -> None:
+    """Give one projection its smaller tensors (their values come later) and say so in its attributes."""
+    module = model.get_submodule(recipe["module"])
+    for name, shape in recipe["tensors"].items():
+        old = getattr(module, name)
+        value = torch.empty(shape, dtype=old.dtype, device=old.device)
+        setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad))
+    for name, value in recipe["attributes"].items():
+        setattr(module, name, value)
+
+
+def install_view(model: nn.Module, recipe: dict[str, Any]) -> None:
+    for projection in recipe["projections"]:
+        shrink(model, projection)
+        model.get_submodule(projection["module"]).register_forward_hook(RepeatRows(projection["runs"]))
+    if recipe["cache"] is not None:
+        hook = ShowHeads(recipe["keep"], recipe["of"])
+        model.get_submodule(recipe["cache"]).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+INSTALL = {"view": install_view}
+
+
+def within(recipe: Any, prefix: str) -> Any:
+    """The recipe with module paths relative to the submodule `prefix`; None where a path lies outside."""
+    text = recipe["at"]
+    return None if not text.startswith(prefix) else text[len(prefix) :]
+
+
+def install(model: nn.Module, recipe: dict[str, Any]) -> None:
+    """Change every site of the recipe. `recipe["root"]` names the base model's attribute in the full model."""
+    for site in recipe["sites"]:
+        INSTALL[site["form"]](model, site)

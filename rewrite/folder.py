@@ -1,0 +1,195 @@
+"""Output folders that are whole or absent: written beside their name, synced, then renamed.
+
+    out.partial/reattn-partial   the mark: this folder is ours, so a later run may clear it
+    out.partial/whole/...        what becomes `out` (or `out.failed`) in one rename
+
+A process that dies at any point leaves nothing named `out`; the next one clears `out.partial` and starts again. The
+folder's own lock tells a dead writer from a living one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewrite.errors import OutOfSpace, ReattnError, Refused
+
+_MARK = "reattn-partial"
+_WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An output in the making: write into `path`, then `publish` or `fail`."""
+
+    out: Path
+    partial: Path
+    path: Path
+
+    def publish(self) -> Path:
+        """The draft becomes `out`: from one moment to the next, and for good."""
+        return self._rename(self.out)
+
+    def fail(self) -> Path:
+        """The draft becomes `out.failed` (or out.failed-2 ...: an earlier one is kept)."""
+        target, count = self.out.with_name(self.out.name + ".failed"), 1
+        while target.exists():
+            count += 1
+            target = self.out.with_name(f"{self.out.name}.failed-{count}")
+        return self._rename(target)
+
+    def _rename(self, target: Path) -> Path:
+        # the libraries that write weights leave files that only the owner reads; ours get what the umask gives
+        mode = (self.partial / _MARK).stat().st_mode & 0o777
+        for path in sorted(self.path.rglob("*")):
+            if path.is_file():
+                path.chmod(mode)
+            sync(path)
+        sync(self.path)
+        if target.exists():  # made by someone else while we worked; a rename would replace an empty folder
+            raise _exists(target)
+        os.rename(self.path, target)
+        sync(target.parent)
+        return target
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's list of names to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def refuse_output(out: Path, source: Path | None = None) -> None:
+    """Raise where `out` cannot be made, before any work is done. Nothing that exists is ever replaced."""
+    if out.exists() or out.is_symlink():
+        raise _exists(out)
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        what = "is a file" if parent.exists() else "does not exist"
+        fix = "choose another name" if parent.exists() else f"mkdir -p {parent}"
+        raise Refused("output-unwritable", f"cannot write {out}", f"{parent} {what}", fix)
+    if source is not None and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise Refused("output-inside-input", f"{out} lies inside the model {source}", "choose a folder outside of it")
+    partial = _partial(out)
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise _foreign(out, partial)
+    with _as_refusal(out):
+        made = not partial.exists()
+        partial.mkdir(exist_ok=True)
+        if made:
+            with suppress(OSError):  # another process may have taken it at once; the lock will tell
+                partial.rmdir()
+    if partial.is_dir() and not _ours(partial):
+        raise _foreign(out, partial)
+
+
+@contextmanager
+def draft(out: Path, source: Path | None = None) -> Generator[Draft]:
+    """A `Draft` for `out`, locked against other processes; what is not published is gone at the end."""
+    refuse_output(out, source)
+    partial = _partial(out)
+    with _as_refusal(out):
+        partial.mkdir(exist_ok=True)
+        lock = _lock(out, partial)
+    try:
+        _clear(out, partial)
+        (partial / _MARK).write_text("an unfinished output of reattn; the next run removes it\n", encoding="utf-8")
+        (partial / _WHOLE).mkdir()
+        with _as_refusal(out):
+            yield Draft(out, partial, partial / _WHOLE)
+    finally:
+        _remove(partial)
+        os.close(lock)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _ours(partial: Path) -> bool:
+    """Empty, or marked by an earlier run: the mark is the first thing written and the last one removed."""
+    names = {p.name for p in partial.iterdir()}
+    return names <= {_MARK, _WHOLE} and (not names or _MARK in names)
+
+
+def _clear(out: Path, partial: Path) -> None:
+    if not _ours(partial):
+        raise _foreign(out, partial)
+    shutil.rmtree(partial / _WHOLE, ignore_errors=True)
+
+
+def _remove(partial: Path) -> None:
+    """The mark goes last, so that a process that dies here leaves a folder that is known as ours."""
+    shutil.rmtree(partial / _WHOLE, ignore_errors=True)
+    with suppress(OSError):
+        (partial / _MARK).unlink(missing_ok=True)
+        partial.rmdir()
+
+
+def _lock(out: Path, partial: Path) -> int:
+    """The lock on the folder itself: the kernel lets go of it when its holder dies, however it dies."""
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino != partial.stat().st_ino:
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as why:
+        os.close(handle)
+        raise Refused(
+            "output-busy",
+            f"another process is writing {out}",
+            f"it holds {partial}",
+            "wait for it, or choose another name",
+        ) from why
+    return handle
+
+
+@contextmanager
+def _as_refusal(out: Path) -> Generator[None]:
+    """The file system's no, in our words."""
+    try:
+        yield
+    except OSError as why:
+        if why.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace("disk", f"the disk is full: {out} is not complete", free_line(out)) from why
+        if isinstance(why.filename, str) and Path(why.filename).name == _partial(out).name:
+            reason = (why.strerror or str(why)).lower()
+            raise Refused(
+                "output-unwritable",
+                f"cannot write {out}",
+                f"{out.absolute().parent}: {reason}",
+                "choose a folder that you can write to",
+            ) from why
+        raise
+
+
+def free_line(out: Path) -> str:
+    """What is free where `out` lies."""
+    from rewrite.table import size
+
+    parent = out.absolute().parent
+    return f"{size(shutil.disk_usage(parent).free)} are free in {parent}; free some, or write elsewhere"
+
+
+def _exists(out: Path) -> ReattnError:
+    return Refused(
+        "output-exists", f"{out} exists already", "nothing is overwritten: choose another name, or move it away"
+    )
+
+
+def _foreign(out: Path, partial: Path) -> ReattnError:
+    return Refused(
+        "output-unwritable",
+        f"cannot write {out}",
+        f"{partial} is needed for unfinished work, and holds files that reattn did not write",
+        "choose another name, or move it away",
+    )
