@@ -137,8 +137,10 @@ class Calibration:
     """The text that the conversion saw."""
 
     source: str
-    tokens: int
     sha256: str
+    tokens: int
+    samples: int
+    length: int
 
 
 @dataclass(frozen=True)

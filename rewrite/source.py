@@ -40,8 +40,8 @@ def _config(place: Path) -> Any:
         ) from error
 
 
-def _class(config: Any, place: Path) -> type[nn.Module]:
-    """The class that the config names, by transformers' public names; the bare AutoModel class where it names none."""
+def _class(config: Any, place: Path) -> Any:
+    """The class that the config names, by transformers' public names; AutoModel where it names none."""
     import transformers
 
     names: list[str] = list(getattr(config, "architectures", None) or [])
@@ -55,17 +55,10 @@ def _class(config: Any, place: Path) -> type[nn.Module]:
             f"{place} names {', '.join(names)}, which transformers {transformers.__version__} does not have",
             "for a model with code of its own: load it yourself with trust_remote_code, then convert(model, ...)",
         )
-    try:
-        return transformers.AutoModel._model_mapping[type(config)]  # pyright: ignore[reportPrivateUsage]
-    except KeyError:
-        raise Refused(
-            "not-a-model",
-            f"{place} names no architecture, and transformers has no model for {type(config).__name__}",
-            'add "architectures": ["..."] to it',
-        ) from None
+    return transformers.AutoModel
 
 
-def _empty(kind: type[nn.Module], config: Any) -> nn.Module:
+def _empty(kind: Any, config: Any) -> nn.Module:
     from accelerate import init_empty_weights
 
     before = torch.get_default_dtype()
@@ -73,7 +66,7 @@ def _empty(kind: type[nn.Module], config: Any) -> nn.Module:
     try:
         torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else before)
         with init_empty_weights(include_buffers=False):
-            model = kind(config)
+            model: nn.Module = kind(config) if issubclass(kind, nn.Module) else kind.from_config(config)
     finally:
         torch.set_default_dtype(before)
     retie = getattr(model, "tie_weights", None)
@@ -85,9 +78,10 @@ def _empty(kind: type[nn.Module], config: Any) -> nn.Module:
 
 def _loaded(kind: Any, folder: Path) -> nn.Module:
     require_checkpoint(folder)
-    model, info = kind.from_pretrained(
+    loaded: tuple[nn.Module, dict[str, Any]] = kind.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, dtype="auto", output_loading_info=True
     )
+    model, info = loaded
     wrong = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in info[key])
     if wrong:
         raise Refused(

@@ -43,7 +43,7 @@ def change(before: float, after: float) -> str:
     if abs(percent) < 0.05:
         return "±0 %"
     digits = f"{abs(percent):.0f}" if abs(percent) >= 10 else f"{abs(percent):.1f}"
-    return ("+" if percent > 0 else "−") + digits + " %"  # noqa: RUF001 the sign as it is printed in books
+    return ("+" if percent > 0 else "−") + digits + " %"
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: int = 2, gap: int = 2) -> str:

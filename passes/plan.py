@@ -1,0 +1,282 @@
+"""Plan: what a conversion would do to every site, from shapes alone; no weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from passes import Target
+from passes.find import Found
+from passes.sizes import Source, describe, parameters, saved, shape
+from rewrite.errors import OutOfSpace, ReattnError, Refused
+from rewrite.machine import Machine, this_machine
+from rewrite.program import Program
+from rewrite.record import to_json
+from rewrite.report import Pair, SiteRow
+from rewrite.runtimes import runtimes
+from rewrite.site import Refusal, Site
+from rewrite.table import change, columns, fold, memory, number, size
+
+BASE_MEMORY = 600_000_000
+"""Bytes that Python with torch and transformers holds before a model is read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What `plan` returns; `print` it. `sites` are proven; `refused` holds (name, reason) of what is no site."""
+
+    source: Source
+    target: tuple[str, ...]
+    sites: tuple[Site, ...]
+    after: tuple[Site, ...]
+    """Shapes after the conversion; where nothing changes the same object as in `sites`."""
+    refused: tuple[tuple[str, str], ...]
+    why: Mapping[str, Refusal]
+    """Reason, source line and nearest miss of every refused name."""
+    rows: tuple[SiteRow, ...]
+    weights: Pair
+    """Bytes on disk."""
+    context: int
+    memory_needed: int
+    here: Machine
+    frozen: str | None
+
+    @property
+    def converted(self) -> int:
+        """How many sites change."""
+        return sum(row.converted for row in self.rows)
+
+    @property
+    def cache(self) -> Pair:
+        """Bytes of the cache at `context` tokens, batch 1."""
+        each = self.context * self.source.each
+        return Pair(each * sum(r.cache_before for r in self.rows), each * sum(r.cache_after for r in self.rows))
+
+    @property
+    def runs_in(self) -> tuple[str, ...]:
+        """What loads the result; each line is held by a test."""
+        return runtimes({r.form for r in self.rows if r.converted})
+
+    def json(self) -> str:
+        """The plan as JSON."""
+        return to_json(
+            {
+                "version": 1, "model": self.source, "target": self.target, "sites": self.rows,
+                "refused": [{"name": n, **_refusal(self.why[n])} for n, _ in self.refused],
+                "converted": self.converted, "weights": self.weights, "context": self.context, "cache": self.cache,
+                "memory_needed": self.memory_needed, "runs_in": self.runs_in, "frozen": self.frozen,
+            }
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return "\n\n".join(part for part in (self._head(), self._table(), self._totals()) if part)
+
+    def _head(self) -> str:
+        s = self.source
+        shards = f" in {s.shards} shard{'s' if s.shards != 1 else ''}" if s.shards else ", weights not here"
+        lines = [
+            f"model    {s.label} · {s.architecture} · {number(s.parameters)} parameters · {s.kind} · "
+            f"{size(s.bytes)}{shards}",
+            f"found    {_count(len(self.sites), 'attention site')}, each proven"
+            + (f"; {len(self.refused)} not recognised" if self.refused else ""),
+        ]
+        return "\n".join(lines)
+
+    def _table(self) -> str:
+        head = ["site", "now", "after", "cache/token", "parameters", ""]
+        rows = [head if self.target else [*head[:2], "", *head[3:]]]
+        alike = [
+            (r.before, r.after, r.cache_before, r.cache_after, r.parameters_before, r.parameters_after, r.form, r.note)
+            for r in self.rows
+        ]
+        for name, at in fold([r.name for r in self.rows], alike):
+            rows.append([name, *_cells(self.rows[at], self.source.each, bool(self.target))])
+        reasons = [(str(self.why[n]), self.why[n].where, self.why[n].nearest) for n, _ in self.refused]
+        for name, at in fold([n for n, _ in self.refused], reasons):
+            rows.append([name, "not recognised", "", "", "", reasons[at][0]])
+        return columns(rows)
+
+    def _totals(self) -> str:
+        if not self.target:
+            return f"next     reattn plan {self.source.label} --to gqa:N"
+        w, c = self.weights, self.cache
+        rows = [["", "now", "after"], ["weights", size(w.before), size(w.after), change(w.before, w.after)]]
+        if c.before:
+            note = f"at {self.context:,} tokens, batch 1, {self.source.kind}"
+            rows.append(["kv cache", memory(c.before), memory(c.after), change(c.before, c.after), note])
+        lines = [columns(rows, indent=0)]
+        lines.append("quality  lossy; `convert` measures it")
+        for i, line in enumerate(self.runs_in):
+            lines.append(("runs in  " if i == 0 else "         ") + line)
+        if self.frozen:
+            lines.append(f"fixed    {self.frozen}")
+        lines += [self._needs(), f"{self.converted} of {len(self.rows) + len(self.refused)} converted."]
+        if self.converted:
+            to = " ".join(f"--to {t}" for t in self.target)
+            lines.append(f"next     reattn convert {self.source.label} OUT {to} --calibrate TEXT")
+        return "\n".join(lines)
+
+    def _needs(self) -> str:
+        here, ram, disk = self.here, self.memory_needed, self.weights.after
+        ok = "ok" if ram <= here.memory and disk <= here.disk else "NOT ENOUGH"
+        return (
+            f"needs    about {size(ram)} RAM · {size(disk)} free disk · no GPU"
+            f"       this machine: {size(here.memory)} RAM, {size(here.disk)} disk free  {ok}"
+        )
+
+    def explain(self, name: str) -> str:
+        """Everything known about one site: the site on one line and what would happen to it, or why it is none."""
+        for site, row in zip(self.sites, self.rows, strict=True):
+            if site.name == name:
+                proof = site.proof
+                lines = [str(site), f"  at {site.where}" if site.where else ""]
+                lines += [f"  proven at input size {s:g}: largest relative error {e:.1e}" for s, e in proof.errors]
+                if self.target:
+                    lines.append(f"  {row.before} → {row.after}" if row.converted else f"  unchanged: {row.note}")
+                return "\n".join(line for line in lines if line)
+        r = self.why[name]
+        lines = [f"{name} is not recognised", f"  {r.reason}"]
+        return "\n".join(
+            [*lines, *([f"  at {r.where}"] if r.where else []), *([f"  nearest: {r.nearest}"] if r.nearest else [])]
+        )
+
+
+def make_plan(
+    model: Any,
+    program: Program,
+    found: Found,
+    targets: Mapping[str, Target],
+    *,
+    spelled: tuple[str, ...] = (),
+    forms: Mapping[str, tuple[str, str]] | None = None,
+    context: int = 32_768,
+) -> Plan:
+    """The plan for `model` (module or path) whose sites were found; `targets` holds the target of every chosen site.
+
+    `forms`: per site how it is emitted and what that costs. Raises where no attention was found at all.
+    """
+    source = describe(model, program.module)
+    if not found.sites:
+        raise no_attention(source, len(program.static.graph.nodes), found)
+    rows: list[SiteRow] = []
+    after: list[Site] = []
+    for site in found.sites:
+        new, note = _outcome(site, targets.get(site.name), bool(targets))
+        form, cost = (forms or {}).get(site.name, ("", ""))
+        after.append(new)
+        rows.append(_row(site, new, source.generates, form if new is not site else "", note or cost))
+    less = saved(found.sites, after)
+    return Plan(
+        source=source,
+        target=spelled,
+        sites=found.sites,
+        after=tuple(after),
+        refused=tuple((r.name, r.refusal.reason) for r in found.refused),
+        why={r.name: r.refusal for r in found.refused},
+        rows=tuple(rows),
+        weights=Pair(source.bytes, source.bytes - less * source.each),
+        context=context,
+        memory_needed=_memory(source, found.sites),
+        here=this_machine(Path.cwd()),
+        frozen=program.frozen,
+    )
+
+
+def _outcome(site: Site, target: Target | None, wanted: bool) -> tuple[Site, str]:
+    if target is None:
+        return site, "left out" if wanted else ""
+    reason = target.refuse(site)
+    return (site, f"refused: {reason}") if reason else (target.after(site), "")
+
+
+def _row(site: Site, new: Site, generates: bool, form: str, note: str) -> SiteRow:
+    cached = generates and _holds_cache(site)
+    return SiteRow(
+        name=site.name,
+        before=shape(site),
+        after=shape(new) if new is not site else shape(site),
+        cache_before=site.cache_per_token if cached else 0,
+        cache_after=new.cache_per_token if cached else 0,
+        parameters_before=parameters(site),
+        parameters_after=parameters(new),
+        form=form,
+        note=note,
+    )
+
+
+def _holds_cache(site: Site) -> bool:
+    """An encoder's self-attention sees every token at once and keeps nothing."""
+    return site.cross or bool(getattr(site.mask, "causal", True))
+
+
+def _memory(source: Source, sites: tuple[Site, ...]) -> int:
+    """The model, its copy, and float64 statistics of the largest site: a few matrices of its input and head widths."""
+    widest = max((s.q.roots[0].columns + s.heads * (s.q.dim + s.v.dim) for s in sites), default=0)
+    return BASE_MEMORY + 2 * source.bytes + 8 * 3 * widest**2
+
+
+def no_attention(source: Source, nodes: int, found: Found) -> Refused:
+    """The error for a model without a single proven attention, with the nearest misses."""
+    lines: list[str] = []
+    for r in found.refused[:3]:
+        near = f"; {r.refusal.nearest}" if r.refusal.nearest else ""
+        where = f"   ({r.refusal.where})" if r.refusal.where else ""
+        lines.append(f"nearest: {r.name}: {r.refusal.reason}{near}{where}")
+    if not lines:
+        lines.append("nothing comes near: no softmax between two products, no scaled_dot_product_attention")
+    lines.append("if this is attention with another normaliser, add a rule: CONTRIBUTING, 'a lifting rule'")
+    return Refused("no-attention", f"found no attention in {source.architecture} ({nodes} nodes searched)", *lines)
+
+
+def nothing_applies(plan: Plan) -> ReattnError | None:
+    """The error for a target that changes no site; None where it changes one."""
+    if not plan.target or plan.converted:
+        return None
+    counts: dict[str, int] = {}
+    for row in plan.rows:
+        counts[row.note.removeprefix("refused: ")] = counts.get(row.note.removeprefix("refused: "), 0) + 1
+    lines = [why if len(counts) == 1 else f"{n} × {why}" for why, n in counts.items() if why]
+    return Refused(
+        "refused",
+        f"{' '.join(plan.target)} applies to none of {_count(len(plan.rows), 'site')}",
+        *lines,
+        f"list them: reattn plan {plan.source.label}",
+    )
+
+
+def require_space(plan: Plan, out: Path) -> None:
+    """Raise before any work where memory or disk cannot hold the result."""
+    free = shutil.disk_usage(out.absolute().parent).free
+    if plan.weights.after > free:
+        raise OutOfSpace(
+            "disk",
+            f"the result needs {size(plan.weights.after)}, {size(free)} are free in {out.absolute().parent}",
+            "free some, or write elsewhere",
+        )
+    if plan.memory_needed > plan.here.memory:
+        raise OutOfSpace(
+            "memory",
+            f"needs about {size(plan.memory_needed)} of memory, {size(plan.here.memory)} are free",
+            "close what else runs, or use a machine with more",
+        )
+
+
+def _cells(row: SiteRow, each: int, wanted: bool) -> list[str]:
+    def both(before: int, after: int, show: Any) -> str:
+        return show(before) if before == after else f"{show(before)} → {show(after)}"
+
+    cache = both(row.cache_before * each, row.cache_after * each, memory) if row.cache_before else "–"
+    after = row.after if row.converted else "unchanged"
+    note = " ".join(p for p in (row.form, row.note) if p)
+    return [row.before, after if wanted else "", cache, both(row.parameters_before, row.parameters_after, number), note]
+
+
+def _refusal(r: Refusal) -> dict[str, str]:
+    return {"reason": r.reason, "where": r.where, "nearest": r.nearest}
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n != 1 else ''}"

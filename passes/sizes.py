@@ -1,0 +1,75 @@
+"""Sizes of a model and of a site: what plan and report count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewrite.checkpoint import Checkpoint, open_checkpoint
+from rewrite.site import Dense, Operand, Refusal, Site
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model as it is given. `each` is bytes per number of its main type."""
+
+    label: str
+    architecture: str
+    parameters: int
+    bytes: int
+    each: int
+    kind: str
+    """Main type of its numbers: bfloat16."""
+    shards: int
+    generates: bool
+    """Whether it holds a cache while it generates text."""
+
+
+def shape(site: Site) -> str:
+    """How a site looks in one cell: dense 32 × 128, grouped 8 of 32 × 128."""
+    width = f"{site.k.dim}" if site.k.dim == site.v.dim else f"{site.k.dim}/{site.v.dim}"
+    if isinstance(site.form, Dense) or site.kv_heads == site.heads:
+        return f"dense {site.heads} × {width}"
+    return f"grouped {site.kv_heads} of {site.heads} × {width}"
+
+
+def parameters(site: Site) -> int:
+    """Numbers in the projections of a site."""
+
+    def numbers(o: Operand) -> int:
+        return o.heads * o.dim * (o.roots[0].columns + (o.roots[0].bias is not None))
+
+    out = 0 if isinstance(site.out, Refusal) else site.heads * site.v.dim * site.out.root.rows
+    return numbers(site.q) + numbers(site.k) + numbers(site.v) + out
+
+
+def saved(before: tuple[Site, ...], after: list[Site]) -> int:
+    """Numbers that the model loses; layers that share their tensors count once."""
+    seen: dict[tuple[str, ...], int] = {}
+    for old, new in zip(before, after, strict=True):
+        key = (*(r.tensor for r in old.k.roots), *(r.tensor for r in old.v.roots))
+        seen[key] = parameters(old) - parameters(new)
+    return sum(seen.values())
+
+
+def describe(model: Any, module: Any) -> Source:
+    """The model's label and sizes; those of a folder come from its headers, verified."""
+    folder = Path(model) if isinstance(model, (str, Path)) else None
+    held: Checkpoint | None = open_checkpoint(folder) if folder is not None else None
+    tensors = {id(p): p for p in module.parameters()}.values()
+    weight: dict[Any, int] = {}
+    for p in tensors:
+        weight[p.dtype] = weight.get(p.dtype, 0) + p.numel() * p.element_size()
+    main = max(weight, key=lambda d: weight[d]) if weight else None
+    generates = getattr(module, "can_generate", None)
+    return Source(
+        label=str(model) if folder is not None else type(module).__name__,
+        architecture=type(module).__name__,
+        parameters=sum(p.numel() for p in tensors),
+        bytes=held.bytes if held else sum(weight.values()),
+        each=main.itemsize if main is not None else 4,
+        kind=str(main).removeprefix("torch.") if main is not None else "float32",
+        shards=len(held.headers) if held else 0,
+        generates=bool(generates()) if callable(generates) else False,
+    )

@@ -1,0 +1,169 @@
+"""The files that tell of a conversion, in its folder: reattn.toml, report.json, report.html and README.md."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rewrite.report import Report, SiteRow, site_table
+from rewrite.table import change, fold
+
+
+def write_card(folder: Path, report: Report, licence: str = "") -> None:
+    """Write the four files. They hold no date, so that equal runs leave equal bytes."""
+    files = {
+        "reattn.toml": recipe(report),
+        "report.json": report.json(),
+        "report.html": page(report),
+        "README.md": card(report, licence),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def recipe(report: Report) -> str:
+    """Everything that the run depended on, as TOML."""
+    lines = [
+        "# what made this folder; the same values make the same bytes on the same machine",
+        "version = 1",
+        f"model   = {{ path = {_toml(report.model)}, sha256 = {_toml(report.fingerprint)} }}",
+        f"target  = {_toml(report.target)}",
+        f"only    = {_toml(report.only)}",
+        f"skip    = {_toml(report.skip)}",
+        f"seed    = {report.seed}",
+    ]
+    if report.calibration is not None:
+        c = report.calibration
+        lines.append(
+            f"calibration = {{ path = {_toml(c.source)}, sha256 = {_toml(c.sha256)}, "
+            f"samples = {c.samples}, length = {c.length}, tokens = {c.tokens} }}"
+        )
+    lines.append("made_by = { " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in report.made_by) + " }")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: str | Sequence[str]) -> str:
+    # a JSON string is a TOML basic string, but for DEL, which JSON leaves as it is
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def command(report: Report, out: str = "OUT") -> str:
+    """The command line that repeats the run."""
+    words = ["reattn convert", report.model, out, *(f"--to {t}" for t in report.target)]
+    if report.calibration is not None:
+        c = report.calibration
+        words += [f"--calibrate {c.source}", f"--calibrate-samples {c.samples}", f"--calibrate-length {c.length}"]
+    words += [f"--only '{report.only}'"] if report.only != "*" else []
+    words += [f"--skip '{s}'" for s in report.skip]
+    words += [f"--seed {report.seed}"] if report.seed else []
+    return " ".join(words)
+
+
+def card(report: Report, licence: str = "") -> str:
+    """The model card. `licence` is that of the base model, copied where its card names one."""
+    head = ["---", "library_name: transformers", f"base_model: {json.dumps(report.model, ensure_ascii=False)}"]
+    head += [f"license: {licence}"] if licence else []
+    head += ["tags: [reattn]", "---", ""]
+    body = [
+        f"# {Path(report.model).name}, attention rewritten: {', '.join(report.target)}",
+        "",
+        f"Made by [reattn](reattn.toml) from `{report.model}` ({report.architecture}): "
+        f"{report.converted} of {len(report.sites)} attentions converted{_cache(report.sites)}.",
+        "",
+        "## How to load",
+        "",
+        "```python",
+        "from transformers import AutoConfig, AutoModel  # or the Auto class of the task, AutoModelForCausalLM ...",
+        "",
+        f'model = AutoModel.from_pretrained("path/to/this/folder"{_trust(report)})',
+        "```",
+        "",
+        "## What it costs",
+        "",
+        "```",
+        report.checked.text() if report.checked is not None else "not checked",
+        "```",
+        "",
+        "Calibration: "
+        + (
+            f"`{report.calibration.source}`, {report.calibration.tokens:,} tokens."
+            if report.calibration
+            else "none; converted from the weights alone."
+        ),
+        "",
+        "## Sites",
+        "",
+        "```",
+        site_table(report.sites),
+        "```",
+        "",
+        "## Repeat it",
+        "",
+        "```",
+        command(report),
+        "```",
+    ]
+    return "\n".join(head + body) + "\n"
+
+
+def _trust(report: Report) -> str:
+    """The generated modelling file is code; transformers asks before it runs any."""
+    own = any(row.form in ("bound", "view") for row in report.sites if row.converted)
+    return ", trust_remote_code=True" if own else ""
+
+
+def _cache(sites: Sequence[SiteRow]) -> str:
+    before, after = sum(s.cache_before for s in sites), sum(s.cache_after for s in sites)
+    return f", kv cache {change(before, after)}" if before else ""
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .2rem .6rem; }
+tr:nth-child(even) { background: #8881; } pre { overflow-x: auto; background: #8881; padding: .8rem; }
+.bar { background: #c60; height: .7rem; display: inline-block; } .same { opacity: .6; }
+.failed { color: #b00; font-weight: bold; }
+"""
+
+
+def page(report: Report) -> str:
+    """One HTML file without network: sites with bars for their errors, and what check measured."""
+    title = html.escape(f"{report.model}: {', '.join(report.target)}")
+    failed = report.checked is not None and bool(report.checked.failures)
+    return "\n".join(
+        [
+            f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>',
+            f"<style>{_STYLE}</style>",
+            f"<h1>{title}</h1>",
+            f'<p class="{"failed" if failed else "done"}">{html.escape(report.result())}</p>',
+            "<h2>Measured</h2>",
+            f"<pre>{html.escape(report.checked.text() if report.checked else 'not checked')}</pre>",
+            "<h2>Sites</h2>",
+            "<table><tr><th>site<th>now<th>after<th>numbers/token<th>error<th></tr>",
+            *_html_rows(report.sites),
+            "</table>",
+            "<h2>Notes</h2>",
+            f"<ul>{''.join(f'<li>{html.escape(n)}' for n in report.notes) or '<li>none'}</ul>",
+            "<h2>Recipe</h2>",
+            f"<pre>{html.escape(recipe(report))}</pre></html>\n",
+        ]
+    )
+
+
+def _html_rows(sites: Sequence[SiteRow]) -> list[str]:
+    top = max((s.error or 0.0 for s in sites), default=0.0) or 1.0
+    alike = [(s.before, s.after, s.cache_before, s.cache_after, s.note, s.error) for s in sites]
+    rows: list[str] = []
+    for name, at in fold([s.name for s in sites], alike):
+        s = sites[at]
+        bar = (
+            ""
+            if s.error is None
+            else f'<span class="bar" style="width:{10 * s.error / top:.2f}rem"></span> {s.error:.2g}'
+        )
+        cells = [name, s.before, s.after if s.converted else "unchanged", f"{s.cache_before} → {s.cache_after}"]
+        text = "".join(f"<td>{html.escape(c)}" for c in cells)
+        rows.append(f'<tr class="{"" if s.converted else "same"}">{text}<td>{bar}<td>{html.escape(s.note)}</tr>')
+    return rows

@@ -1,0 +1,132 @@
+"""One watched run: which module is given a site's cache, where in the cache it writes, and what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+
+from rewrite.emit.runtime import CacheView, EncoderDecoderView
+from rewrite.site import Site
+
+
+def owner(site: Site) -> str:
+    """The module that holds all projections of the site."""
+    paths = [r.tensor.split(".")[:-2] for o in (site.q, site.k, site.v) for r in o.roots]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+@dataclass(frozen=True)
+class Write:
+    """One call of `update`: half is "" for a plain cache, "self" or "cross" for a pair."""
+
+    half: str
+    layer: int
+    k: Tensor
+    v: Tensor
+
+
+@dataclass
+class Log:
+    """What one module did with the caches it was given."""
+
+    called: int = 0
+    caches: int = 0
+    writes: list[Write] = field(default_factory=list)
+
+    @property
+    def slots(self) -> set[tuple[str, int]]:
+        """(half, layer) written to."""
+        return {(w.half, w.layer) for w in self.writes}
+
+
+class Witness(CacheView):
+    """Shows a cache as it is and notes what is written."""
+
+    def __init__(self, inner: Cache, log: Log, half: str = "") -> None:
+        self.inner = inner
+        self.log = log
+        self.half = half
+
+    @property
+    def layers(self) -> list[Any]:
+        return self.inner.layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As the cache itself, and note it."""
+        self.log.writes.append(Write(self.half, layer_idx, key_states.detach(), value_states.detach()))
+        return self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class PairWitness(EncoderDecoderView):
+    """The same for a pair of caches."""
+
+    def __init__(self, inner: EncoderDecoderCache, log: Log) -> None:
+        self.self_attention_cache = Witness(inner.self_attention_cache, log, "self")
+        self.cross_attention_cache = Witness(inner.cross_attention_cache, log, "cross")
+        self.is_updated = inner.is_updated
+
+
+def _noted(value: Any, log: Log) -> Any:
+    if isinstance(value, Cache):
+        log.caches += 1
+    if isinstance(value, EncoderDecoderCache):
+        return PairWitness(value, log)
+    return Witness(value, log) if isinstance(value, Cache) else value
+
+
+@contextmanager
+def _watching(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Log]]:
+    logs = {path: Log() for path in dict.fromkeys(paths)}
+    handles: list[Any] = []
+
+    def watch(log: Log) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            log.called += 1
+            return tuple(_noted(a, log) for a in args), {n: _noted(v, log) for n, v in kwargs.items()}
+
+        return hook
+
+    try:
+        for path, log in logs.items():
+            handles.append(model.get_submodule(path).register_forward_pre_hook(watch(log), with_kwargs=True))
+        yield logs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def observe(model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, Any]) -> dict[str, Log]:
+    """Owner path -> what happened in one forward with a cache (without where the model takes none)."""
+    with torch.no_grad(), _watching(model, [owner(s) for s in sites]) as logs:
+        try:
+            model(**inputs, use_cache=True)
+        except TypeError:
+            model(**inputs)
+    return logs
+
+
+def cache_of(site: Site, logs: Mapping[str, Log]) -> tuple[str | None, Sequence[Write]] | str:
+    """The module whose cache argument holds the site, or None where nothing is cached, or why it cannot be told."""
+    path = owner(site)
+    log = logs[path]
+    if not log.called:
+        return "not called by the example"
+    if len(log.slots) > 1:
+        names = " and ".join(f"{half} {layer}".strip() for half, layer in sorted(log.slots))
+        return f"writes cache layers {names}"
+    if log.writes:
+        return path, log.writes
+    return None, ()

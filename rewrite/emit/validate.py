@@ -1,0 +1,163 @@
+"""Whole models side by side: padded, with and without cache, sdpa and eager, one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+
+Inputs = Mapping[str, Any]
+LIMIT = 1e-5
+"""Largest difference of logits relative to their largest value, float32."""
+GRADIENT_LIMIT = 1e-3
+STEPS = 4
+
+
+def differs(reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs) -> str | None:
+    """The first mode in which `made` is not `reference`, as a sentence; None where they agree in all."""
+    first = reference.config._attn_implementation
+    for kernel in dict.fromkeys((first, "sdpa", "eager")):
+        with _kernel(reference, kernel) as known, _kernel(made, kernel) as also:
+            if not known:
+                continue
+            if not also:
+                return f"the {kernel} kernel cannot be chosen any more"
+            for name, mode in (("padded", _forward), ("cached", _cached), ("training", _training)):
+                problem = _one_mode(mode, reference, made, inputs, f"{name} {kernel}")
+                if problem is not None:
+                    return problem
+    return None
+
+
+@contextmanager
+def _kernel(model: PreTrainedModel, kernel: str | None) -> Iterator[bool]:
+    """The model with another attention kernel for a while; whether it takes it."""
+    before = model.config._attn_implementation
+    if kernel == before:
+        yield True
+        return
+    try:
+        model.set_attn_implementation(kernel)
+    except (ValueError, ImportError):
+        yield False
+        return
+    try:
+        yield model.config._attn_implementation == kernel
+    finally:
+        model.set_attn_implementation(before)
+
+
+Mode = Callable[[PreTrainedModel, Inputs], list[tuple[Tensor, float]]]
+
+
+def _one_mode(mode: Mode, reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs, name: str) -> str | None:
+    try:
+        expected = mode(reference, inputs)
+    # a mode that the original itself cannot run says nothing about the emission
+    except Exception:
+        return None
+    try:
+        found = mode(made, inputs)
+    # whatever it is, the emission is refused with it
+    except Exception as error:
+        line = str(error).strip().split("\n")[0][:160]
+        return f"the {name} run fails: {type(error).__name__}: {line}"
+    return _compare(expected, found, name)
+
+
+def _compare(expected: list[tuple[Tensor, float]], found: list[tuple[Tensor, float]], name: str) -> str | None:
+    if len(expected) != len(found):
+        return f"the {name} run gives {len(found)} results instead of {len(expected)}"
+    for (a, limit), (b, _) in zip(expected, found, strict=True):
+        if a.shape != b.shape:
+            return f"the {name} run gives shape {tuple(b.shape)} instead of {tuple(a.shape)}"
+        error = relative(a, b)
+        if not error <= limit:
+            return f"logits differ by {error:.0e} in the {name} run (limit {limit:.0e})"
+    return None
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the largest value of `a`; nan against nan is no difference."""
+    same = torch.isnan(a) & torch.isnan(b)
+    a, b = a.masked_fill(same, 0.0).double(), b.masked_fill(same, 0.0).double()
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
+
+
+def _kept(value: Tensor, inputs: Inputs) -> Tensor:
+    """Without the padded places: a row without a key is anything, and kernels disagree about it."""
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = inputs.get(name)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and value.shape[:2] == mask.shape:
+            return value[mask.bool()]
+    return value
+
+
+def _values(output: Any, inputs: Inputs) -> list[Tensor]:
+    """The output's own tensors: logits or hidden states."""
+    items = output.values() if isinstance(output, Mapping) else output
+    tensors = [x for x in items if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
+    return [_kept(x, inputs) for x in tensors]
+
+
+def _uncached(model: PreTrainedModel, inputs: Inputs) -> Any:
+    try:
+        return model(**inputs, use_cache=False)
+    except TypeError:
+        return model(**inputs)
+
+
+def _forward(model: PreTrainedModel, inputs: Inputs) -> list[tuple[Tensor, float]]:
+    with torch.no_grad():
+        return [(x, LIMIT) for x in _values(_uncached(model, inputs), inputs)]
+
+
+def _cached(model: PreTrainedModel, inputs: Inputs) -> list[tuple[Tensor, float]]:
+    """Logits of a few greedy steps; the same tokens are fed to both, or a tie would be called an error."""
+    if not model.can_generate():
+        return []
+    with torch.no_grad():
+        out = greedy(model, inputs, STEPS)
+    return [(x, LIMIT) for x in out.logits]
+
+
+def greedy(model: PreTrainedModel, inputs: Inputs, steps: int) -> Any:
+    """`generate` without sampling, with its logits and its cache."""
+    kwargs = {n: v for n, v in inputs.items() if n not in ("labels", "use_cache")}
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True, "output_logits": True}
+    settings |= {"max_new_tokens": steps, "min_new_tokens": steps, "return_dict_in_generate": True}
+    generate: Any = model.generate
+    return generate(**kwargs, **settings)
+
+
+def _training(model: PreTrainedModel, inputs: Inputs) -> list[tuple[Tensor, float]]:
+    """Logits in train mode under one seed, and the gradients of what comes first in the model."""
+    was = model.training
+    model.train()
+    try:
+        torch.manual_seed(0)
+        values = _values(_uncached(model, inputs), inputs)
+        loss = torch.stack([v.float().square().mean() for v in values]).sum()
+        leaves = [p for n, p in model.named_parameters() if p.requires_grad and p.dim() == 1][:8]
+        gradients = torch.autograd.grad(loss, leaves[:1], allow_unused=True) if leaves else ()
+    finally:
+        model.train(was)
+    out = [(v.detach(), LIMIT) for v in values]
+    return out + [(g, GRADIENT_LIMIT) for g in gradients if g is not None]
+
+
+def layers_of(cache: Any) -> list[Any]:
+    """The layers of a cache, self attention first."""
+    if isinstance(cache, EncoderDecoderCache):
+        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    return list(cache.layers) if isinstance(cache, Cache) else []
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a cache really holds."""
+    tensors = [t for layer in layers_of(cache) for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
