@@ -208,8 +208,8 @@ def _row(site: Site, new: Site, generates: bool, form: str, note: str) -> SiteRo
 
 
 def _holds_cache(site: Site) -> bool:
-    """An encoder's self-attention sees every token at once and keeps nothing."""
-    return site.cross or bool(getattr(site.mask, "causal", True))
+    """Self-attention whose first token reads a later one is an encoder's: it sees a text at once and keeps nothing."""
+    return site.cross or not bool(site.mask.table(4, 4)[0, 1:].any())
 
 
 def _memory(source: Source, sites: tuple[Site, ...]) -> int:

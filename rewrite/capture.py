@@ -60,7 +60,7 @@ def _module(model: object) -> nn.Module:
 @contextmanager
 def _evaluating(module: nn.Module) -> Generator[None]:
     """Eval mode, without gradients; every module's training flag is put back."""
-    flags = [(m, m.training) for m in module.modules()]
+    flags, silent = [(m, m.training) for m in module.modules()], logging.root.manager.disable
     module.eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -70,7 +70,7 @@ def _evaluating(module: nn.Module) -> Generator[None]:
             with redirect_stderr(io.StringIO()):
                 yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(silent)
         for m, training in flags:
             m.training = training
 

@@ -158,12 +158,12 @@ def _html_rows(sites: Sequence[SiteRow]) -> list[str]:
     rows: list[str] = []
     for name, at in fold([s.name for s in sites], alike):
         s = sites[at]
-        bar = (
-            ""
-            if s.error is None
-            else f'<span class="bar" style="width:{10 * s.error / top:.2f}rem"></span> {s.error:.2g}'
-        )
+        bar = "" if s.error is None else _bar(s.error, s.error / top)
         cells = [name, s.before, s.after if s.converted else "unchanged", f"{s.cache_before} → {s.cache_after}"]
         text = "".join(f"<td>{html.escape(c)}" for c in cells)
         rows.append(f'<tr class="{"" if s.converted else "same"}">{text}<td>{bar}<td>{html.escape(s.note)}</tr>')
     return rows
+
+
+def _bar(error: float, share: float) -> str:
+    return f'<span class="bar" style="width:{10 * share:.2f}rem"></span> {error:.2g}'

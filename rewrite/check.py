@@ -176,7 +176,7 @@ def _lossless(original: nn.Module, exact: nn.Module, call: tuple[tuple[Any, ...]
 
 
 def lossless_limit(model: nn.Module) -> float:
-    """1e-5 in float32; in a narrower type what one rounding of every weight costs, some eight units of its last digit."""
+    """1e-5 in float32; in a narrower type eight units of its last digit, as every weight is rounded once more."""
     widths = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
     return max(1e-5, 8 * max(widths, default=0.0))
 

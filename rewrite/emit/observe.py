@@ -118,7 +118,7 @@ def observe(model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, 
     return logs
 
 
-def cache_of(site: Site, logs: Mapping[str, Log]) -> tuple[str | None, Sequence[Write]] | str:
+def cache_of(site: Site, logs: Mapping[str, Log]) -> tuple[str | None, Sequence[tuple[Tensor, Tensor]]] | str:
     """The module whose cache argument holds the site, or None where nothing is cached, or why it cannot be told."""
     path = owner(site)
     log = logs[path]
@@ -128,5 +128,5 @@ def cache_of(site: Site, logs: Mapping[str, Log]) -> tuple[str | None, Sequence[
         names = " and ".join(f"{half} {layer}".strip() for half, layer in sorted(log.slots))
         return f"writes cache layers {names}"
     if log.writes:
-        return path, log.writes
+        return path, [(w.k, w.v) for w in log.writes]
     return None, ()

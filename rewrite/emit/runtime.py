@@ -71,6 +71,11 @@ class CacheView(Cache):
         self.keep = keep
         self.of = of
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # asked for while a copy is being made: there is nothing to look into yet
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
     @property
     def layers(self) -> list[LayerView]:
         return [LayerView(layer, self.of) for layer in self.inner.layers]
@@ -180,7 +185,7 @@ class RepeatRows:
         return torch.cat([output[..., start : start + count] for start, count in self.runs], -1)
 
 
-def shrink(model: nn.Module, recipe: dict[str, Any]) -> None:
+def shrink(model: Part, recipe: dict[str, Any]) -> None:
     """Give one projection its smaller tensors (their values come later) and say so in its attributes."""
     module = model.get_submodule(recipe["module"])
     for name, shape in recipe["tensors"].items():
@@ -191,7 +196,7 @@ def shrink(model: nn.Module, recipe: dict[str, Any]) -> None:
         setattr(module, name, value)
 
 
-def install_view(model: nn.Module, recipe: dict[str, Any]) -> None:
+def install_view(model: Part, recipe: dict[str, Any]) -> None:
     for projection in recipe["projections"]:
         shrink(model, projection)
         model.get_submodule(projection["module"]).register_forward_hook(RepeatRows(projection["runs"]))
@@ -203,13 +208,23 @@ def install_view(model: nn.Module, recipe: dict[str, Any]) -> None:
 INSTALL = {"view": install_view}
 
 
-def within(recipe: Any, prefix: str) -> Any:
-    """The recipe with module paths relative to the submodule `prefix`; None where a path lies outside."""
-    text = recipe["at"]
-    return None if not text.startswith(prefix) else text[len(prefix) :]
+class Part:
+    """Modules by the full model's paths, in the full model or in its base model (`prefix` then leads to that)."""
+
+    def __init__(self, model: nn.Module, prefix: str) -> None:
+        self.model = model
+        self.prefix = prefix
+
+    def holds(self, path: str) -> bool:
+        return path.startswith(self.prefix)
+
+    def get_submodule(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path[len(self.prefix) :])
 
 
-def install(model: nn.Module, recipe: dict[str, Any]) -> None:
-    """Change every site of the recipe. `recipe["root"]` names the base model's attribute in the full model."""
+def install(model: nn.Module, recipe: dict[str, Any], prefix: str = "") -> None:
+    """Change every site of the recipe that lies in the model."""
+    part = Part(model, prefix)
     for site in recipe["sites"]:
-        INSTALL[site["form"]](model, site)
+        if part.holds(site["site"]):
+            INSTALL[site["form"]](part, site)

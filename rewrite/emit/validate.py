@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +21,23 @@ STEPS = 4
 def differs(reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs) -> str | None:
     """The first mode in which `made` is not `reference`, as a sentence; None where they agree in all."""
     first = reference.config._attn_implementation
+    names = _common(reference, made)
+    ran: set[str] = set()
     for kernel in dict.fromkeys((first, "sdpa", "eager")):
         with _kernel(reference, kernel) as known, _kernel(made, kernel) as also:
             if not known:
                 continue
             if not also:
                 return f"the {kernel} kernel cannot be chosen any more"
-            for name, mode in (("padded", _forward), ("cached", _cached), ("training", _training)):
+            modes: dict[str, Mode] = {"padded": _forward, "cached": _cached, "training": partial(_training, names)}
+            for name, mode in modes.items():
                 problem = _one_mode(mode, reference, made, inputs, f"{name} {kernel}")
-                if problem is not None:
+                if problem is not None and problem:
                     return problem
+                ran |= {name} if problem is None else set()
+    needed = {"padded", "cached"} if reference.can_generate() else {"padded"}
+    if needed - ran:
+        return f"the original itself cannot be run {' and '.join(sorted(needed - ran))} on the example"
     return None
 
 
@@ -54,12 +62,21 @@ def _kernel(model: PreTrainedModel, kernel: str | None) -> Iterator[bool]:
 Mode = Callable[[PreTrainedModel, Inputs], list[tuple[Tensor, float]]]
 
 
+def _common(reference: PreTrainedModel, made: PreTrainedModel) -> list[str]:
+    """A few parameters of both, to compare gradients of; those that were given fewer rows have others."""
+    old = dict(reference.named_parameters())
+    new = dict(made.named_parameters())
+    names = [n for n, p in new.items() if p.dim() == 1 and p.requires_grad and n in old and torch.equal(p, old[n])]
+    return names[:: max(1, len(names) // 8)]
+
+
 def _one_mode(mode: Mode, reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs, name: str) -> str | None:
+    """What is wrong; None where nothing is; "" where the original does not run."""
     try:
         expected = mode(reference, inputs)
     # a mode that the original itself cannot run says nothing about the emission
     except Exception:
-        return None
+        return ""
     try:
         found = mode(made, inputs)
     # whatever it is, the emission is refused with it
@@ -130,24 +147,30 @@ def greedy(model: PreTrainedModel, inputs: Inputs, steps: int) -> Any:
     kwargs = {n: v for n, v in inputs.items() if n not in ("labels", "use_cache")}
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True, "output_logits": True}
     settings |= {"max_new_tokens": steps, "min_new_tokens": steps, "return_dict_in_generate": True}
+    for token in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        if getattr(model.generation_config, token, None) is None:
+            settings[token] = 0
     generate: Any = model.generate
     return generate(**kwargs, **settings)
 
 
-def _training(model: PreTrainedModel, inputs: Inputs) -> list[tuple[Tensor, float]]:
-    """Logits in train mode under one seed, and the gradients of what comes first in the model."""
+def _training(names: list[str], model: PreTrainedModel, inputs: Inputs) -> list[tuple[Tensor, float]]:
+    """Logits in train mode under one seed, and gradients of the parameters named."""
     was = model.training
     model.train()
     try:
         torch.manual_seed(0)
         values = _values(_uncached(model, inputs), inputs)
         loss = torch.stack([v.float().square().mean() for v in values]).sum()
-        leaves = [p for n, p in model.named_parameters() if p.requires_grad and p.dim() == 1][:8]
-        gradients = torch.autograd.grad(loss, leaves[:1], allow_unused=True) if leaves else ()
+        own = dict(model.named_parameters())
+        leaves = [own[n] for n in names]
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
     finally:
         model.train(was)
     out = [(v.detach(), LIMIT) for v in values]
-    return out + [(g, GRADIENT_LIMIT) for g in gradients if g is not None]
+    # together: what is zero but for rounding (the gradient of a k bias) has no relative error of its own
+    flat = [torch.zeros(1) if g is None else g.reshape(-1) for g in gradients]
+    return [*out, (torch.cat(flat), GRADIENT_LIMIT)] if flat else out
 
 
 def layers_of(cache: Any) -> list[Any]:
@@ -161,3 +184,21 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a cache really holds."""
     tensors = [t for layer in layers_of(cache) for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def too_much_held(model: PreTrainedModel, inputs: Inputs, expected: Mapping[tuple[str, int], int]) -> str | None:
+    """Whether each cache layer, (half, number) -> heads, holds as many heads as it should after `generate`."""
+    if not expected or not model.can_generate():
+        return None
+    with torch.no_grad():
+        cache = greedy(model, inputs, 2).past_key_values
+    halves = {"": cache}
+    if isinstance(cache, EncoderDecoderCache):
+        halves = {"": cache.self_attention_cache, "self": cache.self_attention_cache}
+        halves["cross"] = cache.cross_attention_cache
+    for (half, number), heads in expected.items():
+        layer = halves[half].layers[number]
+        for held in (layer.keys, layer.values):
+            if held.shape[1] != heads:
+                return f"cache layer {number} holds {held.shape[1]} heads instead of {heads}"
+    return None

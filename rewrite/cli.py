@@ -1,0 +1,282 @@
+"""The command `reattn plan | convert | check`: tables on stdout, progress and errors on stderr.
+
+Exit codes: 0 done, 1 check failed, 2 usage, 3 refused or nothing converted, 4 memory or disk. Nothing heavy is
+imported before there is work to do, so help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rewrite.errors import BadUsage, OutOfSpace, ReattnError, Refused
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in the shape of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadUsage("usage", message, f"see: {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json, debug = "--json" in words, "--debug" in words
+    try:
+        options = parser().parse_args(words)
+        run: Callable[[argparse.Namespace], tuple[str, int]] = options.run
+        # libraries print where they like; stdout is for the result alone
+        with redirect_stdout(sys.stderr):
+            text, code = run(options)
+        sys.stdout.write(text.rstrip("\n") + "\n")
+        return code
+    except KeyboardInterrupt:
+        print("stopped; nothing is left under the requested name, and the same command starts again", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        return _show(as_refusal(error), as_json)
+
+
+def as_refusal(error: Exception) -> ReattnError:
+    """Any failure in the shape of ours: memory and disk by their own code, the rest as a defect of this tool."""
+    if isinstance(error, ReattnError):
+        return error
+    no_room = isinstance(error, OSError) and error.errno in (28, 122)
+    if no_room:
+        return OutOfSpace("disk", "the disk is full", "free some, or write elsewhere")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+        return OutOfSpace(
+            "memory",
+            "the memory is full",
+            str(error).splitlines()[0] if str(error) else "no more can be had",
+            "a shorter --calibrate-length or fewer --calibrate-samples need less",
+        )
+    first = str(error).strip().splitlines()
+    return Refused(
+        "internal",
+        f"something in reattn broke: {type(error).__name__}: {first[0] if first else 'no message'}",
+        "the same command with --debug shows where; please report it",
+    )
+
+
+def _show(error: ReattnError, as_json: bool) -> int:
+    print(error, file=sys.stderr)
+    if as_json:
+        from rewrite.record import to_json
+
+        told = {"slug": error.slug, "what": error.what, "lines": error.lines}
+        sys.stdout.write(to_json({"error": told, "exit": error.code}))
+    return error.code
+
+
+def _api() -> Any:
+    """The library, its own libraries' bars and warnings switched off: they would mix with ours."""
+    from transformers.utils import logging
+
+    from rewrite import api
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return api
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; options are in four groups: what, where, limits, dangerous."""
+    top = _Parser(prog="reattn", description=__doc__.splitlines()[0] if __doc__ else None)
+    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for add in (_add_plan, _add_convert, _add_check):
+        add(verbs)
+    return top
+
+
+_TO = "what to make of the attention: gqa:3, gqa:kv_heads=3,method=mean; repeat it for several"
+_FORMATTER = argparse.RawDescriptionHelpFormatter
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], tuple[str, int]], about: str) -> Any:
+    made: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about, formatter_class=_FORMATTER)
+    made.set_defaults(run=run)
+    made.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    made.add_argument("--debug", action="store_true", help="the whole traceback of an error")
+    return made
+
+
+def _select(group: Any) -> None:
+    group.add_argument("--only", metavar="GLOB", default="*", help="sites to convert (all)")
+    group.add_argument("--skip", metavar="GLOB", action="append", default=[], help="sites to leave as they are")
+
+
+def _add_plan(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "plan", run_plan, "list every attention of a model and what a conversion would do; reads no weights"
+    )
+    what = verb.add_argument_group("What")
+    what.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
+    what.add_argument("--to", metavar="TARGET", action="append", default=[], help=_TO)
+    _select(what)
+    what.add_argument("--why", metavar="SITE", help="everything known about one site, or why it is none")
+    limits = verb.add_argument_group("Limits")
+    limits.add_argument("--context", metavar="TOKENS", type=_positive, default=32_768, help="size of the cache (32768)")
+
+
+def _add_convert(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "convert", run_convert, "convert a checkpoint folder, check the result, and write it to a new folder"
+    )
+    what = verb.add_argument_group("What")
+    what.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder")
+    what.add_argument("--to", metavar="TARGET", action="append", required=True, default=[], help=_TO)
+    _select(what)
+    what.add_argument(
+        "--calibrate", metavar="FILE", type=Path, help="text to convert on; without it weights alone decide"
+    )
+    where = verb.add_argument_group("Where")
+    where.add_argument("out", metavar="OUT", type=Path, help="the new folder; it must not exist")
+    where.add_argument("--text", metavar="FILE", type=Path, help="text to check on (the end of --calibrate)")
+    limits = verb.add_argument_group("Limits")
+    limits.add_argument("--calibrate-samples", metavar="N", type=_positive, default=128, help="windows of text (128)")
+    limits.add_argument("--calibrate-length", metavar="TOKENS", type=_positive, default=None, help="tokens a window")
+    _limits(limits)
+    verb.add_argument_group("Dangerous").add_argument(
+        "--no-check", action="store_true", help="write the result without measuring what was lost"
+    )
+
+
+def _add_check(verbs: Any) -> None:
+    verb = _verb(verbs, "check", run_check, "measure a converted folder against the model that it was made from")
+    what = verb.add_argument_group("What")
+    what.add_argument("out", metavar="OUT", type=Path, help="the converted folder")
+    what.add_argument("--against", metavar="MODEL", type=Path, required=True, help="the original folder")
+    where = verb.add_argument_group("Where")
+    where.add_argument("--text", metavar="FILE", type=Path, help="text to measure perplexity on")
+    _limits(verb.add_argument_group("Limits"))
+    verb.add_argument_group("Dangerous").add_argument(
+        "--trust-remote-code", action="store_true", help="run the modelling file that lies in OUT"
+    )
+
+
+def _limits(group: Any) -> None:
+    group.add_argument(
+        "--max-loss", metavar="SHARE", type=_share, help="fail where perplexity rises by more: 0.05, 5%%"
+    )
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="seed of everything random (0)")
+
+
+def _positive(text: str) -> int:
+    number = int(text.replace(",", "").replace("_", ""))
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def _share(text: str) -> float:
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no share; write 0.05 or 5%")
+    return value
+
+
+def run_plan(options: argparse.Namespace) -> tuple[str, int]:
+    """`reattn plan`: the table, or one site with --why."""
+    from rewrite.checkpoint import open_checkpoint
+
+    open_checkpoint(options.model)
+    targets = _targets(options.to)
+    plan = _api().plan(options.model, targets, only=options.only, skip=options.skip, context=options.context)
+    if options.why is not None:
+        return plan.explain(_known(options.why, [*(s.name for s in plan.sites), *(n for n, _ in plan.refused)])), 0
+    return (plan.json() if options.json else str(plan)), 0
+
+
+def run_convert(options: argparse.Namespace) -> tuple[str, int]:
+    """`reattn convert`: the report; exit code 1 where the check failed."""
+    from rewrite.checkpoint import require_checkpoint
+    from rewrite.folder import refuse_output
+    from rewrite.progress import progress
+
+    require_checkpoint(options.model)
+    refuse_output(options.out, options.model)
+    for path in (options.calibrate, options.text):
+        _readable(path)
+    targets = _targets(options.to)
+    with progress() as tell:
+        made = _api().convert(
+            options.model,
+            targets,
+            calibration=options.calibrate,
+            only=options.only,
+            skip=options.skip,
+            out=options.out,
+            max_loss=options.max_loss,
+            seed=options.seed,
+            progress=tell,
+        )
+    report = made.rewrite_report
+    failed = report.checked is not None and bool(report.checked.failures)
+    return (report.json() if options.json else report.text()), int(failed)
+
+
+def run_check(options: argparse.Namespace) -> tuple[str, int]:
+    """`reattn check`: the table; exit code 1 where it failed."""
+    from rewrite.checkpoint import require_checkpoint
+    from rewrite.progress import progress
+    from rewrite.record import to_json
+
+    for folder in (options.out, options.against):
+        require_checkpoint(folder)
+    _readable(options.text)
+    with progress() as tell:
+        checked = _api().check(
+            options.out,
+            options.against,
+            text=options.text,
+            max_loss=options.max_loss,
+            seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+            progress=tell,
+        )
+    result = "FAILED: " + "; ".join(checked.failures) if checked.failures else "ok"
+    text = to_json(checked) if options.json else f"{checked.text()}\n\nresult   {result}"
+    return text, int(bool(checked.failures))
+
+
+def _targets(words: Sequence[str]) -> tuple[Any, ...]:
+    from rewrite.spell import parse
+
+    return tuple(parse(word, _api().TARGETS) for word in words)
+
+
+def _readable(path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as why:
+        reason = (why.strerror or str(why)).lower() if isinstance(why, OSError) else "it is not UTF-8 text"
+        raise BadUsage("text", f"cannot read {path}: {reason}", "give a file of plain text") from why
+
+
+def _known(name: str, names: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
+    if name in names:
+        return name
+    near = get_close_matches(name, names, n=1, cutoff=0.4)
+    raise BadUsage(
+        "unknown-name",
+        f"--why: no site is called '{name}'",
+        f"did you mean '{near[0]}'?" if near else "list them: reattn plan MODEL",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

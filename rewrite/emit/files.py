@@ -1,0 +1,100 @@
+"""The one generated modelling file: the runtime's own text and a subclass of each class that a folder can name."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from rewrite.emit import runtime
+
+CLASS = '''
+
+class Reattn{name}({name}):
+    """{name} with the attention of `config.reattn`."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        install(self, config.reattn, {prefix!r})
+'''
+
+
+def text_for(model: PreTrainedModel) -> str:
+    """The file's text: it imports torch, transformers and what the model's own class was imported from."""
+    assert runtime.__file__ is not None
+    classes = _classes(model)
+    imports = "\n".join(sorted({_import(kind) for kind, _ in classes}))
+    body = Path(runtime.__file__).read_text(encoding="utf-8")
+    marker = "from transformers import Cache"
+    head, tail = body.split(marker, 1)
+    text = head + marker + tail.replace("\n", f"\n{imports}\n", 1)
+    return text + "".join(CLASS.format(name=kind.__name__, prefix=prefix) for kind, prefix in classes)
+
+
+def _classes(model: PreTrainedModel) -> list[tuple[type[PreTrainedModel], str]]:
+    """The model's class, and its base model's with the prefix that the recipe's paths have in the full model."""
+    found: list[tuple[type[PreTrainedModel], str]] = [(type(model), "")]
+    base: Any = model.base_model
+    if base is not model and isinstance(base, PreTrainedModel):
+        path = next(n for n, m in model.named_modules() if m is base)
+        found.append((type(base), f"{path}."))
+    return found
+
+
+def _import(kind: type) -> str:
+    public = getattr(transformers, kind.__name__, None) is kind
+    return f"from {'transformers' if public else kind.__module__} import {kind.__name__}"
+
+
+def loaded(text: str) -> ModuleType:
+    """The text as a module of this process, from a file: `save_pretrained` copies that file into the folder."""
+    name = f"reattn_{hashlib.sha256(text.encode()).hexdigest()[:12]}.modeling_reattn"
+    if name in sys.modules:
+        return sys.modules[name]
+    path = Path(tempfile.mkdtemp(prefix="reattn-")) / "modeling_reattn.py"
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def auto_classes(kind: type[PreTrainedModel], config: Any) -> list[str]:
+    """Names of transformers' Auto classes that would build this class for this config."""
+    names: list[str] = []
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None or type(config) not in mapping:
+            continue
+        built = mapping[type(config)]
+        if kind in (built if isinstance(built, tuple) else (built,)):
+            names.append(name)
+    return names
+
+
+def dress(model: PreTrainedModel, recipe: dict[str, Any]) -> None:
+    """Make a model of a stock class one of the generated class, with the recipe in its config and installed."""
+    module = loaded(text_for(model))
+    auto_map: dict[str, str] = {}
+    for kind, prefix in reversed(_classes(model)):
+        made = getattr(module, f"Reattn{kind.__name__}")
+        names = auto_classes(kind, model.config) or (["AutoModel"] if prefix else [])
+        auto_map |= dict.fromkeys(names, f"modeling_reattn.{made.__name__}")
+    kind: Any = getattr(module, f"Reattn{type(model).__name__}")
+    main = auto_classes(type(model), model.config)
+    kind.register_for_auto_class(main[0] if main else "AutoModel")
+    model.config.auto_map = auto_map
+    model.config.reattn = recipe
+    model.__class__ = kind
+    module.install(model, recipe)
