@@ -36,6 +36,10 @@ class Target(Protocol):
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
 
+    def for_site(self, index: int, total: int) -> Target:
+        """The target of the `index`-th of `total` sites, where settings were given per layer."""
+        ...
+
     def refuse(self, site: Site) -> str | None:
         """Why this site must stay as it is, with numbers and what would work, or None."""
         ...

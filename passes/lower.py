@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,17 @@ from rewrite.site import IntArray, Site, Tensors
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Shrunk:
+    """A tensor that is held without its repeats: `rows` is the buffer with the place to read from, along `axis`;
+    `shape` where it is gathered entry by entry."""
+
+    rows: str
+    axis: int
+    index: tuple[int, ...]
+    shape: tuple[int, ...] | None
+
+
 def lower(program: ExportedProgram, changes: Mapping[str, tuple[Site, Rewritten]], tensors: Tensors) -> GraphModule:
     """A new GraphModule with the call signature, the dynamic sizes and the state-dict names of the captured module.
 
@@ -32,80 +44,77 @@ def lower(program: ExportedProgram, changes: Mapping[str, tuple[Site, Rewritten]
     module = copy.deepcopy(program.module())
     if not isinstance(module, GraphModule):
         raise TypeError(f"torch.export gave a {type(module).__name__}")
+    shrunk: dict[str, Shrunk] = {}
     for site, rewritten in changes.values():
         full = expanded(site, rewritten.weights, rewritten.site.kv_of, tensors)
         maps = repeats(site, rewritten.site.kv_of, tensors)
         for name, value in full.items():
-            _replace(module, name, value, maps.get(name))
+            made = _replace(module, name, value, maps.get(name))
+            if made is not None:
+                shrunk[name] = made
+    _expand(module, shrunk)
     module.graph.lint()
     module.recompile()
     return module
 
 
-def _replace(module: GraphModule, name: str, full: Tensor, repeated: IntArray | None) -> None:
-    """Put the tensor's new value in place, without its repeated rows."""
-    owner, leaf = _owner(module, name)
-    old: Tensor = getattr(owner, leaf)
-    if repeated is None or np.array_equal(repeated, np.arange(len(repeated))):
-        _set(owner, leaf, old, full)
-        return
-    along = axis_map(repeated, full.shape)
-    if along is None:
-        kept, index = np.unique(repeated, return_inverse=True)
-        small = full.reshape(-1)[torch.from_numpy(kept)]
-        axis, shape = 0, tuple(full.shape)
-    else:
-        axis, rows = along
-        kept, index = np.unique(rows, return_inverse=True)
-        small, shape = full.index_select(axis, torch.from_numpy(kept)), None
-    _set(owner, leaf, old, small)
-    at = f"{leaf}_rows"
-    owner.register_buffer(at, torch.from_numpy(index.astype(np.int64)), persistent=False)
-    prefix = name.rpartition(".")[0]
-    _expand_uses(module, name, f"{prefix}.{at}" if prefix else at, axis, shape)
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _replace(module: GraphModule, name: str, full: Tensor, repeated: IntArray | None) -> Shrunk | None:
+    """Put the tensor's new value in place, without its repeated rows where it has some."""
     path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
+    owner = module.get_submodule(path)
+    if repeated is None or np.array_equal(repeated, np.arange(len(repeated))):
+        _set(owner, leaf, full)
+        return None
+    along = axis_map(repeated, full.shape)
+    axis, rows = along or (0, repeated)
+    kept, index = np.unique(rows, return_inverse=True)
+    _set(owner, leaf, (full if along else full.reshape(-1)).index_select(axis, torch.from_numpy(kept)))
+    owner.register_buffer(f"{leaf}_rows", torch.from_numpy(index.astype(np.int64)), persistent=False)
+    shape = None if along else tuple(full.shape)
+    return Shrunk(f"{name}_rows", axis, tuple(index.tolist()), shape)
 
 
-def _set(owner: nn.Module, leaf: str, old: Tensor, value: Tensor) -> None:
+def _set(owner: nn.Module, leaf: str, value: Tensor) -> None:
+    old: Tensor = getattr(owner, leaf)
     if isinstance(old, nn.Parameter):
         setattr(owner, leaf, nn.Parameter(value.to(old.dtype).clone(), requires_grad=old.requires_grad))
     else:
-        owner._buffers[leaf] = value.to(old.dtype).clone()  # pyright: ignore[reportPrivateUsage]
+        owner.register_buffer(leaf, value.to(old.dtype).clone())
 
 
-def _expand_uses(module: GraphModule, name: str, index: str, axis: int, shape: tuple[int, ...] | None) -> None:
-    graph = module.graph
-    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == name]:
-        with graph.inserting_after(node):
-            rows = graph.get_attr(index)
-        for user in list(node.users):
-            if axis == 0 and shape is None and _is_linear_with(user, node):
-                _expand_output(module, user, rows)
-            else:
-                _expand_tensor(module, node, user, rows, axis, shape)
+def _expand(module: GraphModule, shrunk: Mapping[str, Shrunk]) -> None:
+    """Widen every use of a shrunk tensor: the output of a linear where that is the same, else the tensor itself."""
+    reads = [n for n in module.graph.nodes if n.op == "get_attr" and n.target in shrunk]
+    of = {n: shrunk[n.target] for n in reads}
+    for user in dict.fromkeys(u for n in reads for u in n.users):
+        if _linear_over(user, of):
+            _widen_output(module, user, of[user.args[1]])
+        else:
+            for tensor in [n for n in user.all_input_nodes if n in of]:
+                _widen_tensor(module, user, tensor, of[tensor])
 
 
-def _is_linear_with(user: Node, weight: Node) -> bool:
-    """A linear whose weight, and whose bias where it has one, is the bare tensor: its output can be expanded."""
-    return user.target is aten.linear.default and len(user.args) == 2 and user.args[1] is weight
+def _linear_over(user: Node, of: Mapping[Node, Shrunk]) -> bool:
+    """A linear whose weight, and whose bias where it has one, repeat alike along the output."""
+    if user.target is not aten.linear.default or user.args[1] not in of:
+        return False
+    weight, bias = of[user.args[1]], user.args[2] if len(user.args) > 2 else None
+    alike = bias is None or (isinstance(bias, Node) and bias in of and of[bias].index == weight.index)
+    return alike and weight.axis == 0 and weight.shape is None
 
 
-
-def _expand_output(module: GraphModule, linear: Node, rows: Node) -> None:
+def _widen_output(module: GraphModule, linear: Node, how: Shrunk) -> None:
     with module.graph.inserting_after(linear):
+        rows = module.graph.get_attr(how.rows)
+    with module.graph.inserting_after(rows):
         wide = module.graph.call_function(aten.index_select.default, (linear, -1, rows))
     linear.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
 
 
-def _expand_tensor(
-    module: GraphModule, tensor: Node, user: Node, rows: Node, axis: int, shape: tuple[int, ...] | None
-) -> None:
+def _widen_tensor(module: GraphModule, user: Node, tensor: Node, how: Shrunk) -> None:
     with module.graph.inserting_before(user):
-        wide = module.graph.call_function(aten.index_select.default, (tensor, axis, rows))
-        if shape is not None:
-            wide = module.graph.call_function(aten.view.default, (wide, list(shape)))
+        rows = module.graph.get_attr(how.rows)
+        wide = module.graph.call_function(aten.index_select.default, (tensor, how.axis, rows))
+        if how.shape is not None:
+            wide = module.graph.call_function(aten.view.default, (wide, list(how.shape)))
     user.replace_input_with(tensor, wide)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from passes import Target
 from passes.find import Found
-from passes.sizes import Source, describe, parameters, saved, shape
-from rewrite.errors import OutOfSpace, ReattnError, Refused
+from passes.sizes import Source, count, describe, parameters, saved, shape
+from passes.verdict import no_attention, nothing_applies, require_space
 from rewrite.machine import Machine, this_machine
 from rewrite.program import Program
 from rewrite.record import to_json
@@ -19,6 +18,8 @@ from rewrite.report import Pair, SiteRow
 from rewrite.runtimes import runtimes
 from rewrite.site import Refusal, Site
 from rewrite.table import change, columns, fold, memory, number, size
+
+__all__ = ["Plan", "make_plan", "no_attention", "nothing_applies", "require_space"]
 
 BASE_MEMORY = 600_000_000
 """Bytes that Python with torch and transformers holds before a model is read."""
@@ -37,8 +38,6 @@ class Plan:
     why: Mapping[str, Refusal]
     """Reason, source line and nearest miss of every refused name."""
     rows: tuple[SiteRow, ...]
-    weights: Pair
-    """Bytes on disk."""
     context: int
     memory_needed: int
     here: Machine
@@ -50,6 +49,11 @@ class Plan:
         return sum(row.converted for row in self.rows)
 
     @property
+    def weights(self) -> Pair:
+        """Bytes on disk."""
+        return Pair(self.source.bytes, self.source.bytes - saved(self.sites, self.after) * self.source.each)
+
+    @property
     def cache(self) -> Pair:
         """Bytes of the cache at `context` tokens, batch 1."""
         each = self.context * self.source.each
@@ -59,6 +63,21 @@ class Plan:
     def runs_in(self) -> tuple[str, ...]:
         """What loads the result; each line is held by a test."""
         return runtimes({r.form for r in self.rows if r.converted})
+
+    def emitted(self, forms: Mapping[str, tuple[str, str]], refused: Mapping[str, str]) -> Plan:
+        """The plan with the form that each site got and what it costs; `refused`: name -> why no form computes it."""
+        rows: list[SiteRow] = []
+        after: list[Site] = []
+        for row, old, new in zip(self.rows, self.sites, self.after, strict=True):
+            form, cost = forms.get(row.name, ("", row.note))
+            stays = row.name in refused
+            rows.append(_stay(row, refused[row.name]) if stays else replace(row, form=form, note=cost))
+            after.append(old if stays else new)
+        return replace(self, rows=tuple(rows), after=tuple(after))
+
+    def measured(self, errors: Mapping[str, float | None]) -> tuple[SiteRow, ...]:
+        """The rows with the error of each site."""
+        return tuple(replace(row, error=errors.get(row.name) if row.converted else None) for row in self.rows)
 
     def json(self) -> str:
         """The plan as JSON."""
@@ -80,7 +99,7 @@ class Plan:
         lines = [
             f"model    {s.label} · {s.architecture} · {number(s.parameters)} parameters · {s.kind} · "
             f"{size(s.bytes)}{shards}",
-            f"found    {_count(len(self.sites), 'attention site')}, each proven"
+            f"found    {count(len(self.sites), 'attention site')}, each proven"
             + (f"; {len(self.refused)} not recognised" if self.refused else ""),
         ]
         return "\n".join(lines)
@@ -89,7 +108,17 @@ class Plan:
         head = ["site", "now", "after", "cache/token", "parameters", ""]
         rows = [head if self.target else [*head[:2], "", *head[3:]]]
         alike = [
-            (r.before, r.after, r.cache_before, r.cache_after, r.parameters_before, r.parameters_after, r.form, r.note)
+            (
+                r.converted,
+                r.before,
+                r.after,
+                r.cache_before,
+                r.cache_after,
+                r.parameters_before,
+                r.parameters_after,
+                r.form,
+                r.note,
+            )
             for r in self.rows
         ]
         for name, at in fold([r.name for r in self.rows], alike):
@@ -151,33 +180,27 @@ def make_plan(
     targets: Mapping[str, Target],
     *,
     spelled: tuple[str, ...] = (),
-    forms: Mapping[str, tuple[str, str]] | None = None,
+    barred: Mapping[str, str] | None = None,
     context: int = 32_768,
 ) -> Plan:
     """The plan for `model` (module or path) whose sites were found; `targets` holds the target of every chosen site.
 
-    `forms`: per site how it is emitted and what that costs. Raises where no attention was found at all.
+    `barred`: sites that no target may change, and why. Raises where no attention was found at all.
     """
     source = describe(model, program.module)
     if not found.sites:
         raise no_attention(source, len(program.static.graph.nodes), found)
-    rows: list[SiteRow] = []
-    after: list[Site] = []
-    for site in found.sites:
-        new, note = _outcome(site, targets.get(site.name), bool(targets))
-        form, cost = (forms or {}).get(site.name, ("", ""))
-        after.append(new)
-        rows.append(_row(site, new, source.generates, form if new is not site else "", note or cost))
-    less = saved(found.sites, after)
+    outcomes = [_outcome(s, targets.get(s.name), bool(targets), (barred or {}).get(s.name)) for s in found.sites]
+    after = tuple(new for new, _ in outcomes)
+    rows = [_row(old, new, source.generates, note) for old, (new, note) in zip(found.sites, outcomes, strict=True)]
     return Plan(
         source=source,
         target=spelled,
         sites=found.sites,
-        after=tuple(after),
+        after=after,
         refused=tuple((r.name, r.refusal.reason) for r in found.refused),
         why={r.name: r.refusal for r in found.refused},
         rows=tuple(rows),
-        weights=Pair(source.bytes, source.bytes - less * source.each),
         context=context,
         memory_needed=_memory(source, found.sites),
         here=this_machine(Path.cwd()),
@@ -185,25 +208,37 @@ def make_plan(
     )
 
 
-def _outcome(site: Site, target: Target | None, wanted: bool) -> tuple[Site, str]:
+def _outcome(site: Site, target: Target | None, wanted: bool, barred: str | None) -> tuple[Site, str]:
     if target is None:
         return site, "left out" if wanted else ""
-    reason = target.refuse(site)
+    reason = barred or target.refuse(site)
     return (site, f"refused: {reason}") if reason else (target.after(site), "")
 
 
-def _row(site: Site, new: Site, generates: bool, form: str, note: str) -> SiteRow:
+def _row(site: Site, new: Site, generates: bool, note: str) -> SiteRow:
     cached = generates and _holds_cache(site)
     return SiteRow(
         name=site.name,
+        converted=new is not site,
         before=shape(site),
-        after=shape(new) if new is not site else shape(site),
+        after=shape(new),
         cache_before=site.cache_per_token if cached else 0,
         cache_after=new.cache_per_token if cached else 0,
         parameters_before=parameters(site),
         parameters_after=parameters(new),
-        form=form,
         note=note,
+    )
+
+
+def _stay(row: SiteRow, reason: str) -> SiteRow:
+    return replace(
+        row,
+        converted=False,
+        after=row.before,
+        cache_after=row.cache_before,
+        parameters_after=row.parameters_before,
+        form="",
+        note=f"refused: {reason}",
     )
 
 
@@ -218,52 +253,6 @@ def _memory(source: Source, sites: tuple[Site, ...]) -> int:
     return BASE_MEMORY + 2 * source.bytes + 8 * 3 * widest**2
 
 
-def no_attention(source: Source, nodes: int, found: Found) -> Refused:
-    """The error for a model without a single proven attention, with the nearest misses."""
-    lines: list[str] = []
-    for r in found.refused[:3]:
-        near = f"; {r.refusal.nearest}" if r.refusal.nearest else ""
-        where = f"   ({r.refusal.where})" if r.refusal.where else ""
-        lines.append(f"nearest: {r.name}: {r.refusal.reason}{near}{where}")
-    if not lines:
-        lines.append("nothing comes near: no softmax between two products, no scaled_dot_product_attention")
-    lines.append("if this is attention with another normaliser, add a rule: CONTRIBUTING, 'a lifting rule'")
-    return Refused("no-attention", f"found no attention in {source.architecture} ({nodes} nodes searched)", *lines)
-
-
-def nothing_applies(plan: Plan) -> ReattnError | None:
-    """The error for a target that changes no site; None where it changes one."""
-    if not plan.target or plan.converted:
-        return None
-    counts: dict[str, int] = {}
-    for row in plan.rows:
-        counts[row.note.removeprefix("refused: ")] = counts.get(row.note.removeprefix("refused: "), 0) + 1
-    lines = [why if len(counts) == 1 else f"{n} × {why}" for why, n in counts.items() if why]
-    return Refused(
-        "refused",
-        f"{' '.join(plan.target)} applies to none of {_count(len(plan.rows), 'site')}",
-        *lines,
-        f"list them: reattn plan {plan.source.label}",
-    )
-
-
-def require_space(plan: Plan, out: Path) -> None:
-    """Raise before any work where memory or disk cannot hold the result."""
-    free = shutil.disk_usage(out.absolute().parent).free
-    if plan.weights.after > free:
-        raise OutOfSpace(
-            "disk",
-            f"the result needs {size(plan.weights.after)}, {size(free)} are free in {out.absolute().parent}",
-            "free some, or write elsewhere",
-        )
-    if plan.memory_needed > plan.here.memory:
-        raise OutOfSpace(
-            "memory",
-            f"needs about {size(plan.memory_needed)} of memory, {size(plan.here.memory)} are free",
-            "close what else runs, or use a machine with more",
-        )
-
-
 def _cells(row: SiteRow, each: int, wanted: bool) -> list[str]:
     def both(before: int, after: int, show: Any) -> str:
         return show(before) if before == after else f"{show(before)} → {show(after)}"
@@ -276,7 +265,3 @@ def _cells(row: SiteRow, each: int, wanted: bool) -> list[str]:
 
 def _refusal(r: Refusal) -> dict[str, str]:
     return {"reason": r.reason, "where": r.where, "nearest": r.nearest}
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' if n != 1 else ''}"

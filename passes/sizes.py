@@ -73,3 +73,8 @@ def describe(model: Any, module: Any) -> Source:
         shards=len(held.headers) if held else 0,
         generates=bool(generates()) if callable(generates) else False,
     )
+
+
+def count(n: int, what: str) -> str:
+    """1 site, 2 sites."""
+    return f"{n} {what}{'s' if n != 1 else ''}"

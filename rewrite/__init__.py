@@ -1,0 +1,23 @@
+"""Rewrite the attention of a pretrained transformer: `from rewrite import convert, plan, check, GQA`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from passes.gqa import GQA
+    from rewrite.api import check, convert, plan
+    from rewrite.errors import ReattnError
+
+__all__ = ["GQA", "ReattnError", "check", "convert", "plan"]
+
+_HOME = {"ReattnError": "rewrite.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Names are loaded when they are first used, so that `import rewrite` needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'rewrite' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME.get(name, "rewrite.api")), name)

@@ -5,6 +5,7 @@ Both are plain aten graphs: no parameter is allocated for them, nothing in them 
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import warnings
@@ -19,6 +20,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from rewrite.errors import Refused
 from rewrite.examples import Inputs, given, propose
@@ -102,8 +104,8 @@ def _beside(module: nn.Module, example: Inputs) -> Inputs:
         made = not example.loose and value.is_floating_point()
         return value.to(device, first.dtype if made else value.dtype)
 
-    kwargs = {k: move(v) for k, v in example.kwargs.items()}
-    return Inputs(tuple(move(v) for v in example.args), kwargs, example.moving, example.loose)
+    args, kwargs = tree_map(move, (example.args, example.kwargs))
+    return Inputs(args, kwargs, example.moving, example.loose)
 
 
 def _dynamic(module: nn.Module, example: Inputs) -> tuple[ExportedProgram | None, str | None]:
@@ -111,7 +113,7 @@ def _dynamic(module: nn.Module, example: Inputs) -> tuple[ExportedProgram | None
     failure: Exception | None = None
     for dim in (Dim.DYNAMIC, Dim.AUTO):
         try:
-            program = _export(module, example, _shapes(example, dim))
+            program = _export(module, example, _shapes(module, example, dim))
         except Exception as error:  # as above; the second way is more lenient
             failure = error
         else:
@@ -120,37 +122,26 @@ def _dynamic(module: nn.Module, example: Inputs) -> tuple[ExportedProgram | None
     return None, f"no axis can be dynamic: {first}"
 
 
-def _shapes(example: Inputs, dim: Any) -> tuple[Any, ...] | dict[str, Any]:
-    """What torch.export wants as `dynamic_shapes`, in the structure of the arguments."""
-
-    def spec(name: str, value: Any) -> dict[int, Any] | None:
-        if not isinstance(value, Tensor):
-            return None
-        moving = example.moving.get(name, ())
-        other = Dim.AUTO if example.loose else Dim.STATIC
-        return {axis: dim if axis in moving else other for axis in range(value.dim())}
-
-    if example.args:
-        return tuple(spec(str(i), v) for i, v in enumerate(example.args)) + tuple(
-            spec(k, v) for k, v in example.kwargs.items()
-        )
-    return {k: spec(k, v) for k, v in example.kwargs.items()}
+def _shapes(module: nn.Module, example: Inputs, dim: Any) -> dict[str, Any]:
+    """What torch.export wants as `dynamic_shapes`: by parameter of forward, in the structure of the arguments."""
+    leaves, structure = tree_flatten((example.args, example.kwargs))
+    other = Dim.AUTO if example.loose else Dim.STATIC
+    specs = [
+        {axis: dim if axis in moving else other for axis in range(value.dim())} if isinstance(value, Tensor) else None
+        for value, moving in zip(leaves, example.moving, strict=True)
+    ]
+    args, kwargs = tree_unflatten(specs, structure)
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments
 
 
 def _frozen(program: ExportedProgram, example: Inputs) -> str | None:
     """The sentence on axes that kept their traced size although they were to be dynamic, or None."""
-    user = list(program.graph_signature.user_inputs)
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-    names = [*(str(i) for i in range(len(example.args))), *example.kwargs]
     stuck: list[str] = []
-    for name, input_name in zip(names, user, strict=False):
-        node = placeholders.get(str(input_name))
+    for name, moving in zip(program.graph_signature.user_inputs, example.moving, strict=False):
+        node = placeholders.get(str(name))
         shape = getattr(node.meta.get("val"), "shape", ()) if node is not None else ()
-        stuck += [
-            f"axis {axis} of {input_name} stayed {shape[axis]}"
-            for axis in example.moving.get(name, ())
-            if axis < len(shape) and isinstance(shape[axis], int)
-        ]
+        stuck += [f"axis {a} of {name} stayed {shape[a]}" for a in moving if isinstance(shape[a], int)]
     return f"the model fixes a size while it is traced: {', '.join(stuck)}" if stuck else None
 
 

@@ -12,12 +12,12 @@ from rewrite.table import change, fold
 
 
 def write_card(folder: Path, report: Report, licence: str = "") -> None:
-    """Write the four files. They hold no date, so that equal runs leave equal bytes."""
+    """Write the four files beside the weights. They hold no date, so that equal runs leave equal bytes."""
     files = {
         "reattn.toml": recipe(report),
         "report.json": report.json(),
         "report.html": page(report),
-        "README.md": card(report, licence),
+        "README.md": card(report, licence, _auto_class(folder)),
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -61,8 +61,18 @@ def command(report: Report, out: str = "OUT") -> str:
     return " ".join(words)
 
 
-def card(report: Report, licence: str = "") -> str:
-    """The model card. `licence` is that of the base model, copied where its card names one."""
+def _auto_class(folder: Path) -> str:
+    """The Auto class that a folder with its own modelling file is loaded with; "" for an ordinary checkpoint."""
+    config = folder / "config.json"
+    known: dict[str, str] = json.loads(config.read_text("utf-8")).get("auto_map", {}) if config.exists() else {}
+    models = sorted(k for k in known if k.startswith("AutoModel"))
+    return models[-1] if models else ""
+
+
+def card(report: Report, licence: str = "", auto: str = "") -> str:
+    """The model card. `licence` is that of the base model, copied where its card names one; `auto` is the Auto class
+    that runs the folder's own modelling file, "" where there is none."""
+    loader, trust = (auto, ", trust_remote_code=True") if auto else (report.architecture, "")
     head = ["---", "library_name: transformers", f"base_model: {json.dumps(report.model, ensure_ascii=False)}"]
     head += [f"license: {licence}"] if licence else []
     head += ["tags: [reattn]", "---", ""]
@@ -75,9 +85,9 @@ def card(report: Report, licence: str = "") -> str:
         "## How to load",
         "",
         "```python",
-        "from transformers import AutoConfig, AutoModel  # or the Auto class of the task, AutoModelForCausalLM ...",
+        f"from transformers import {loader}",
         "",
-        f'model = AutoModel.from_pretrained("path/to/this/folder"{_trust(report)})',
+        f'model = {loader}.from_pretrained("path/to/this/folder"{trust})',
         "```",
         "",
         "## What it costs",
@@ -106,12 +116,6 @@ def card(report: Report, licence: str = "") -> str:
         "```",
     ]
     return "\n".join(head + body) + "\n"
-
-
-def _trust(report: Report) -> str:
-    """The generated modelling file is code; transformers asks before it runs any."""
-    own = any(row.form in ("bound", "view") for row in report.sites if row.converted)
-    return ", trust_remote_code=True" if own else ""
 
 
 def _cache(sites: Sequence[SiteRow]) -> str:
@@ -154,7 +158,7 @@ def page(report: Report) -> str:
 
 def _html_rows(sites: Sequence[SiteRow]) -> list[str]:
     top = max((s.error or 0.0 for s in sites), default=0.0) or 1.0
-    alike = [(s.before, s.after, s.cache_before, s.cache_after, s.note, s.error) for s in sites]
+    alike = [(s.converted, s.before, s.after, s.cache_before, s.cache_after, s.note, s.error) for s in sites]
     rows: list[str] = []
     for name, at in fold([s.name for s in sites], alike):
         s = sites[at]

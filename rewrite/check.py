@@ -56,6 +56,8 @@ def check(
         predicts = bool(windows) and predicts_next(original, windows[0][:1])
         if windows and not predicts:
             notes.append("perplexity not measured: the model does not predict the next token of a text")
+        if not windows and _generates(original):
+            notes.append("perplexity not measured: no text was given; it is measured with --text FILE, or text=...")
         if not windows and example is None:
             raise ValueError("check wants windows of tokens or example inputs")
         calls = [((w,), {}) for w in windows] if predicts else [_call(example, windows)]
@@ -76,7 +78,7 @@ def check(
         limit = lossless_limit(original)
         exact = None if lossless is None or broken else _lossless(original, lossless(), calls[0])
         cache = None if broken else _caches(original, converted, windows[0][:1] if predicts else None)
-    if cache is None and not broken:
+    if cache is None and not broken and not _generates(original):
         notes.append("kv cache not measured: the model does not generate text")
     return _checked(
         sums, differences, _sizes(original, converted), cache, exact, limit, max_loss, broken, tuple(notes), seed
@@ -122,7 +124,8 @@ def predicts_next(model: nn.Module, ids: Tensor) -> bool:
     if scores.dim() != 3 or scores.shape[:2] != ids.shape or scores.shape[2] <= int(ids.max()):
         return False
     other = ids.clone()
-    other[:, -1] = (other[:, -1] + 1) % scores.shape[2]
+    # token 0 is in every vocabulary; the width of the scores may exceed that of the embedding
+    other[:, -1] = torch.where(ids[:, -1] == 0, ids.max().clamp(min=1), 0)
     # the same products of the same shapes: what does not depend on the last token has the same bits or nearly so
     early, moved = scores[:, :-1].float(), logits(model(other))[:, :-1].float()
     return bool((early - moved).abs().max() <= 1e-3 * early.abs().max())
@@ -190,10 +193,14 @@ def cache_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
+def _generates(model: nn.Module) -> bool:
+    generates: Any = getattr(model, "can_generate", None)
+    return callable(generates) and bool(generates())
+
+
 def generated_cache(model: nn.Module, ids: Tensor) -> tuple[int, int] | None:
     """(bytes, tokens) of the cache after generating a few tokens; None where the model does not generate."""
-    generates: Any = getattr(model, "can_generate", None)
-    if not callable(generates) or not generates():
+    if not _generates(model):
         return None
     prompt = ids[:, : max(1, min(ids.shape[1], 60))]
     out: Any = model.generate(  # type: ignore[operator]

@@ -54,18 +54,17 @@ class Checkpoint:
 
 
 def locate(model: Path) -> Path:
-    """The model folder that a path means; raises where it is none. Weights are not looked at."""
-    folder = model.parent if model.name == "config.json" else model
+    """The config that a path means, a folder or a config itself; raises where it is none. Weights are not looked at."""
     if not model.exists():
         raise Refused(
             "not-a-model",
             f"there is no folder {model}",
             "models are read from disk; to fetch one: hf download NAME --local-dir FOLDER",
         )
-    config = folder / "config.json"
+    config = model if model.is_file() and model.suffix == ".json" else model / "config.json"
     if not config.is_file():
-        names = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else []
-        held = f"it holds {', '.join(names)}" if names else "it is empty" if folder.is_dir() else "it is a file"
+        names = sorted(p.name for p in model.iterdir())[:6] if model.is_dir() else []
+        held = f"it holds {', '.join(names)}" if names else "it is empty" if model.is_dir() else "it is a file"
         raise Refused(
             "not-a-model",
             f"{model} is not a model folder: no config.json",
@@ -78,31 +77,36 @@ def locate(model: Path) -> Path:
         raise Refused("not-a-model", f"{config} is not JSON", str(why), "download the file again") from why
     if not isinstance(parsed, dict):
         raise Refused("not-a-model", f"{config} is not a JSON object", "download the file again")
-    return folder
+    return config
 
 
 def open_checkpoint(model: Path) -> Checkpoint | None:
     """The folder's weights, verified; None where a config stands alone. Raises for what is damaged or pickled."""
-    folder = locate(model)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    locate(model)
+    if model.is_file():
+        return None
+    single, index = model / "model.safetensors", model / "model.safetensors.index.json"
     if single.exists():
-        return Checkpoint(folder, (read_header(_regular(single)),))
+        return Checkpoint(model, (read_header(_regular(single)),))
     if index.exists():
-        return Checkpoint(folder, _read_shards(folder, index))
-    stray = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
+        return Checkpoint(model, _read_shards(model, index))
+    stray = sorted(p.name for p in model.iterdir() if p.suffix == ".safetensors")
     if stray:
         raise Refused(
-            "no-weights", f"{folder} has no model.safetensors and no index", f"it holds {', '.join(stray[:4])}",
+            "no-weights",
+            f"{model} has no model.safetensors and no index",
+            f"it holds {', '.join(stray[:4])}",
             "rename the one file to model.safetensors, or save the model anew",
-        )  # fmt: skip
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED and "training_args" not in p.name)
+        )
+    pickled = sorted(p.name for p in model.iterdir() if p.suffix in PICKLED and "training_args" not in p.name)
     if pickled:
         raise Refused(
-            "pickled-weights", f"{folder} holds only pickled weights: {', '.join(pickled[:4])}",
+            "pickled-weights",
+            f"{model} holds only pickled weights: {', '.join(pickled[:4])}",
             "a pickle can run any code when it is read, so none is read here",
-            "where you trust it, save it once as safetensors, in Python:",
-            f"transformers.AutoModel.from_pretrained('{folder}').save_pretrained('{folder}-safe')",
-        )  # fmt: skip
+            "where you trust it, load it in Python with the model's own class, and save it once as safetensors:",
+            f"model.save_pretrained('{model}-safe')",
+        )
     return None
 
 

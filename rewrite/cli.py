@@ -141,10 +141,18 @@ def _add_convert(verbs: Any) -> None:
     )
     where = verb.add_argument_group("Where")
     where.add_argument("out", metavar="OUT", type=Path, help="the new folder; it must not exist")
-    where.add_argument("--text", metavar="FILE", type=Path, help="text to check on (the end of --calibrate)")
+    where.add_argument(
+        "--text", metavar="FILE", type=Path, help="text to measure perplexity on, other than --calibrate"
+    )
     limits = verb.add_argument_group("Limits")
     limits.add_argument("--calibrate-samples", metavar="N", type=_positive, default=128, help="windows of text (128)")
-    limits.add_argument("--calibrate-length", metavar="TOKENS", type=_positive, default=None, help="tokens a window")
+    limits.add_argument(
+        "--calibrate-length",
+        metavar="TOKENS",
+        type=_positive,
+        default=None,
+        help="tokens a window (the model's context)",
+    )
     _limits(limits)
     verb.add_argument_group("Dangerous").add_argument(
         "--no-check", action="store_true", help="write the result without measuring what was lost"
@@ -203,6 +211,8 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
     from rewrite.folder import refuse_output
     from rewrite.progress import progress
 
+    if options.max_loss is not None and (options.text is None or options.no_check):
+        raise BadUsage("usage", "--max-loss is a limit on perplexity, so it needs --text FILE and a check")
     require_checkpoint(options.model)
     refuse_output(options.out, options.model)
     for path in (options.calibrate, options.text):
@@ -213,6 +223,10 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
             options.model,
             targets,
             calibration=options.calibrate,
+            text=options.text,
+            samples=options.calibrate_samples,
+            length=options.calibrate_length,
+            check=not options.no_check,
             only=options.only,
             skip=options.skip,
             out=options.out,

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewrite.errors import BadUsage
 
@@ -19,12 +20,12 @@ BATCH, TOKENS, TARGETS = 2, 10, 7
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """One way to call the model. `moving` names, per tensor, the axes that are batch or sequence."""
+    """One way to call the model."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    moving: Mapping[str, tuple[int, ...]]
-    """Argument name (or position as text) -> axes that should be dynamic."""
+    moving: tuple[tuple[int, ...], ...]
+    """Per leaf of (args, kwargs) the axes that are batch or sequence: these should be dynamic."""
     loose: bool
     """The other axes may be dynamic too where the model lets them: nothing is known about them."""
 
@@ -156,10 +157,11 @@ def propose(model: nn.Module) -> Iterator[Inputs]:
         for turn in range(max(len(MAKERS[name][0](sizes)) for name in chosen)):
             made = {name: MAKERS[name][0](sizes) for name in chosen}
             kwargs: dict[str, Any] = {name: given[min(turn, len(given) - 1)] for name, given in made.items()}
-            moving = {name: MAKERS[name][1] for name in chosen}
+            moving = [MAKERS[name][1] for name in chosen]
             if "use_cache" in names:
                 kwargs["use_cache"] = False
-            yield Inputs((), kwargs, moving, loose=False)
+                moving.append(())
+            yield Inputs((), kwargs, tuple(moving), loose=False)
 
 
 def _choices(model: nn.Module, names: Mapping[str, inspect.Parameter], config: Any) -> list[list[str]]:
@@ -197,21 +199,22 @@ def given(model: nn.Module, inputs: Any) -> Inputs:
         ) from error
     if "use_cache" in names and len(args) <= list(names).index("use_cache"):
         kwargs.setdefault("use_cache", False)
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [v for v in leaves if isinstance(v, Tensor) and v.dim()]
     if tensors and all(v.shape[0] == 1 for v in tensors):
-        args = tuple(_twice(v) for v in args)
-        kwargs = {k: _twice(v) for k, v in kwargs.items()}
-    named = {**{str(i): v for i, v in enumerate(args)}, **kwargs}
-    moving = {name: _axes(value) for name, value in named.items() if isinstance(value, Tensor)}
-    return Inputs(args, kwargs, moving, loose=True)
+        leaves = [_twice(v) for v in leaves]
+        args, kwargs = tree_unflatten(leaves, structure)
+    return Inputs(args, kwargs, tuple(_axes(value) for value in leaves), loose=True)
 
 
 def _twice(value: Any) -> Any:
     return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value
 
 
-def _axes(value: Tensor) -> tuple[int, ...]:
+def _axes(value: Any) -> tuple[int, ...]:
     """Batch and sequence of ids (b, t) and of vectors (b, t, d); of anything else only the batch."""
+    if not isinstance(value, Tensor):
+        return ()
     if value.dim() == 3 or (value.dim() == 2 and not value.is_floating_point()):
         return (0, 1)
     return (0,) if value.dim() else ()

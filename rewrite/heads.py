@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """One operand's weights, head by head: weight (heads, dim, inputs), bias (heads, dim) or None, gain (heads, dim)."""
+    """One operand head by head: weight (heads, dim, inputs), bias (heads, dim) or None, gain (heads, dim)."""
 
     weight: Tensor
     bias: Tensor | None

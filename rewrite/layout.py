@@ -68,7 +68,7 @@ def only_root(operand: Operand) -> Root:
     """The operand's one projection."""
     if len(operand.roots) != 1:
         names = ", ".join(r.tensor for r in operand.roots)
-        raise Refused("refused", f"an operand has {len(operand.roots)} projections ({names}); only one can be rewritten")
+        raise Refused("refused", f"an operand has {len(operand.roots)} projections ({names}), not one")
     return operand.roots[0]
 
 

@@ -14,9 +14,9 @@ class SiteRow:
     """One site, before and after: plan and report show the same rows. Cache in numbers per token."""
 
     name: str
+    converted: bool
     before: str
     after: str
-    """Equal to `before` where the site stays as it is."""
     cache_before: int
     cache_after: int
     parameters_before: int
@@ -27,11 +27,6 @@ class SiteRow:
     """Why it stays, or what its form costs."""
     error: float | None = None
     """Squared error of the attention's output relative to its energy, on the calibration text."""
-
-    @property
-    def converted(self) -> bool:
-        """Whether the site changes."""
-        return self.after != self.before
 
 
 @dataclass(frozen=True)
@@ -239,7 +234,7 @@ class Report:
 def site_table(sites: Sequence[SiteRow]) -> str:
     """The rows as a table, equal neighbours folded."""
     rows = [["site", "now", "after", "numbers/token", "error", ""]]
-    alike = [(s.before, s.after, s.cache_before, s.cache_after, s.note, _range_error(s)) for s in sites]
+    alike = [(s.converted, s.before, s.after, s.cache_before, s.cache_after, s.note, _range_error(s)) for s in sites]
     for name, at in fold([s.name for s in sites], alike):
         s = sites[at]
         cache = f"{s.cache_before} → {s.cache_after}" if s.converted else str(s.cache_before)

@@ -122,8 +122,11 @@ def _close(word: str, known: Sequence[str] | dict[str, Any]) -> str:
 
 def _usage(*targets: type[Any]) -> str:
     """A line that can be typed, for each target."""
-    lines: list[str] = []
-    for cls in targets:
-        names = [f.name if _default(f) is MISSING else f"[{f.name}]" for f in _fields(cls)]
-        lines.append(f"--to {getattr(cls, 'name', cls.__name__)}:" + ",".join(f"{n}=…" for n in names))
-    return "write it as: " + "   or   ".join(lines)
+    return "write it as: " + "   or   ".join(_pattern(cls) for cls in targets)
+
+
+def _pattern(cls: type[Any]) -> str:
+    must = ",".join(f"{f.name}=…" for f in _fields(cls) if _default(f) is MISSING)
+    may = "".join(f"[,{f.name}=…]" for f in _fields(cls) if _default(f) is not MISSING)
+    rest = must + may if must else may.replace("[,", "[", 1)
+    return f"--to {getattr(cls, 'name', cls.__name__)}:{rest}"

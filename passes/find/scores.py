@@ -165,9 +165,8 @@ def _assigned(named: Tensor, count: int, what: str) -> Tensor:
 
 def written(graph: Graph, softmax: fx.Node, above: Product, draw: Draw) -> Stage:
     """The stage of a softmax or exp written out, mapped element by element."""
-    start, given = softmax.args[0], softmax.args[1] if len(softmax.args) > 1 else -1
-    assert isinstance(start, fx.Node)
-    dim = int(softmax.kwargs.get("dim", given)) if "softmax" in softmax.name or len(softmax.args) > 1 else -1  # type: ignore[call-overload]
+    start, dim = softmax.args[0], softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim", -1)
+    assert isinstance(start, fx.Node) and isinstance(dim, int)
     node = _earliest(graph, start, above.node, dim, draw)
     leaves = behind(graph, node, [above.node])
     piece = Piece(graph, [above.node, *leaves], [node])
@@ -199,6 +198,11 @@ def _key(source: Tensor, above: Product, at: fx.Node) -> str:
     return changing[0] if changing else above.lo[-1]
 
 
+def _like(node: fx.Node, other: fx.Node) -> bool:
+    floating = is_tensor(node) and node.meta["val"].dtype.is_floating_point
+    return floating and shape_of(node) == shape_of(other)
+
+
 def _earliest(graph: Graph, start: fx.Node, product: fx.Node, dim: int, draw: Draw) -> fx.Node:
     """Back through casts and `s - max` as long as the softmax stays the same on random scores."""
     leaves = behind(graph, start, [product])
@@ -206,7 +210,7 @@ def _earliest(graph: Graph, start: fx.Node, product: fx.Node, dim: int, draw: Dr
     noise = torch.randn(shape_of(product), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     node = start
     while node is not product:
-        before = [x for x in by_value(node) if is_tensor(x) and shape_of(x) == shape_of(start)]
+        before = [x for x in by_value(node) if _like(x, start)]
         value, *others = Piece(graph, [product, *leaves], [node, *before])(noise, *values)
         now = value.softmax(dim)
         same = [x for x, v in zip(before, others, strict=True) if torch.allclose(v.softmax(dim), now, 1e-10, 1e-13, True)]

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from rewrite.emit import runtime
 from rewrite.emit.edits import edited
 from rewrite.emit.files import dress
-from rewrite.emit.observe import Log, cache_of, observe, owner
+from rewrite.emit.observe import Log, observe, owner
 from rewrite.emit.stock import Changes, Field, config_with, fields, rebuilt, smaller
 from rewrite.emit.twin import as_before, in_float, put, table, twin
 from rewrite.emit.validate import differs, too_much_held
-from rewrite.emit.view import Recipe, small_tensors, view
+from rewrite.emit.view import Recipe, recipes, small_tensors
 from rewrite.layout import Edits
 from rewrite.site import Output
 
@@ -140,12 +140,9 @@ def _offer_recipes(work: Work) -> None:
     for name, (site, new) in work.changes.items():
         if name in work.stock:
             continue
-        cache = cache_of(site, work.logs)
-        made = cache if isinstance(cache, str) else view(work.model, site, new, cache[1], cache[0])
-        if isinstance(made, str):
-            work.no(name, "view", made)
-        else:
-            work.recipes[name] = [made]
+        work.recipes[name], reasons = recipes(work.model, site, new, work.logs[owner(site)])
+        for form, reason in reasons.items():
+            work.no(name, form, reason)
 
 
 def _settle_recipes(work: Work) -> None:
@@ -177,7 +174,8 @@ def _fails(work: Work, chosen: Mapping[str, Recipe]) -> str | None:
 def _kind(work: Work, name: str, recipe: Recipe) -> str:
     """Recipes that differ only in where they stand are one kind."""
     owner = type(work.model.get_submodule(recipe["cache"])).__name__ if recipe.get("cache") else ""
-    return owner + json.dumps([recipe["form"], recipe["keep"], recipe["of"], name.rpartition(".")[2]])
+    same = {k: recipe.get(k) for k in ("form", "keep", "of", "whole")}
+    return owner + json.dumps([same, name.rpartition(".")[2]])
 
 
 def _build(work: Work, stock: Sequence[str], chosen: Mapping[str, Recipe], *, ship: bool) -> PreTrainedModel | str:

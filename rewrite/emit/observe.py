@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +42,10 @@ class Log:
     """What one module did with the caches it was given."""
 
     called: int = 0
-    caches: int = 0
+    pair: bool = False
+    """Whether the cache came as a pair, for self and cross attention."""
+    argument: tuple[str, int] = ("", 0)
+    """Name and place of the cache among the arguments."""
     writes: list[Write] = field(default_factory=list)
 
     @property
@@ -80,11 +84,22 @@ class PairWitness(EncoderDecoderView):
 
 
 def _noted(value: Any, log: Log) -> Any:
-    if isinstance(value, Cache):
-        log.caches += 1
     if isinstance(value, EncoderDecoderCache):
+        log.pair = True
         return PairWitness(value, log)
     return Witness(value, log) if isinstance(value, Cache) else value
+
+
+def _place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, int] | None:
+    """Where the cache stands among the arguments of a call."""
+    names = [n for n in inspect.signature(module.forward).parameters if n not in ("args", "kwargs")]
+    for i, value in enumerate(args):
+        if isinstance(value, Cache):
+            return names[i], i
+    for name, value in kwargs.items():
+        if isinstance(value, Cache):
+            return name, names.index(name) if name in names else len(names)
+    return None
 
 
 @contextmanager
@@ -95,6 +110,7 @@ def _watching(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Log]
     def watch(log: Log) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             log.called += 1
+            log.argument = _place(module, args, kwargs) or log.argument
             return tuple(_noted(a, log) for a in args), {n: _noted(v, log) for n, v in kwargs.items()}
 
         return hook
@@ -116,17 +132,3 @@ def observe(model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, 
         except TypeError:
             model(**inputs)
     return logs
-
-
-def cache_of(site: Site, logs: Mapping[str, Log]) -> tuple[str | None, Sequence[tuple[Tensor, Tensor]]] | str:
-    """The module whose cache argument holds the site, or None where nothing is cached, or why it cannot be told."""
-    path = owner(site)
-    log = logs[path]
-    if not log.called:
-        return "not called by the example"
-    if len(log.slots) > 1:
-        names = " and ".join(f"{half} {layer}".strip() for half, layer in sorted(log.slots))
-        return f"writes cache layers {names}"
-    if log.writes:
-        return path, [(w.k, w.v) for w in log.writes]
-    return None, ()

@@ -1,8 +1,11 @@
 """Attention modules with fewer key and value heads than their class was written for.
 
-`install(model, recipe)` changes a freshly built model as the JSON recipe in its config says. Two forms:
-view   the module stays as it is; its projections hold each distinct head once and repeat it on the way out, and
-       the cache it is given is wrapped so that each distinct head is held once.
+`install(model, recipe)` changes a freshly built model as the JSON recipe in its config says. The attention module
+runs its own forward; its projections hold each distinct head once and repeat it on the way out, and the cache that
+it is given is wrapped so that each distinct head is held once. Two forms:
+
+grouped   the module reads the distinct heads back, and its attention kernel shares each among several query heads
+view      the module reads all heads back: less memory, no less time
 """
 
 from __future__ import annotations
@@ -64,10 +67,11 @@ class LayerView:
 
 
 class CacheView(Cache):
-    """A cache as one module sees it: `keep` of the heads it gives are held, `of` says which one is shown where."""
+    """A cache as one module sees it: of `given` heads those in `keep` are held, `of` says which one is shown where."""
 
-    def __init__(self, inner: Cache, keep: tuple[int, ...], of: tuple[int, ...]) -> None:
+    def __init__(self, inner: Cache, given: int, keep: tuple[int, ...], of: tuple[int, ...]) -> None:
         self.inner = inner  # no super().__init__(): a view holds no layers
+        self.given = given
         self.keep = keep
         self.of = of
 
@@ -94,9 +98,9 @@ class CacheView(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if key_states.shape[1] != len(self.of):
+        if key_states.shape[1] != self.given:
             raise ValueError(
-                f"this cache view was made for {len(self.of)} heads, the module shows {key_states.shape[1]}: "
+                f"this cache view was made for {self.given} heads, the module shows {key_states.shape[1]}: "
                 "tensor parallel is not possible here"
             )
         k, v = pick(key_states, self.keep), pick(value_states, self.keep)
@@ -150,29 +154,82 @@ class CacheView(Cache):
 class EncoderDecoderView(EncoderDecoderCache):
     """The same for the pair of caches of a decoder with cross attention; the flags are the pair's own."""
 
-    def __init__(self, inner: EncoderDecoderCache, keep: tuple[int, ...], of: tuple[int, ...]) -> None:
-        self.self_attention_cache = CacheView(inner.self_attention_cache, keep, of)
-        self.cross_attention_cache = CacheView(inner.cross_attention_cache, keep, of)
+    def __init__(self, inner: EncoderDecoderCache, given: int, keep: tuple[int, ...], of: tuple[int, ...]) -> None:
+        self.self_attention_cache = CacheView(inner.self_attention_cache, given, keep, of)
+        self.cross_attention_cache = CacheView(inner.cross_attention_cache, given, keep, of)
         self.is_updated = inner.is_updated
 
 
-def seen(value: Any, keep: tuple[int, ...], of: tuple[int, ...]) -> Any:
-    """A cache as a view, anything else as it is."""
-    if isinstance(value, EncoderDecoderCache):
-        return EncoderDecoderView(value, keep, of)
-    return CacheView(value, keep, of) if isinstance(value, Cache) else value
+class Passing(Cache):
+    """Stands where no cache is given and holds nothing: what comes in goes out, one head of each group."""
+
+    def __init__(self, keep: tuple[int, ...]) -> None:
+        self.keep = keep
+        self.layers = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return pick(key_states, self.keep), pick(value_states, self.keep)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+class PassingPair(EncoderDecoderCache):
+    """The same in place of a pair of caches."""
+
+    def __init__(self, keep: tuple[int, ...]) -> None:
+        self.self_attention_cache = Passing(keep)
+        self.cross_attention_cache = Passing(keep)
+        self.is_updated = {}
 
 
 class ShowHeads:
     """Forward pre-hook of an attention module: every cache among its arguments becomes a view."""
 
     def __init__(self, keep: list[int], of: list[int]) -> None:
+        self.given = len(of)
         self.keep = tuple(keep)
         self.of = tuple(of)
 
+    def seen(self, value: Any, of: tuple[int, ...]) -> Any:
+        if isinstance(value, EncoderDecoderCache):
+            return EncoderDecoderView(value, self.given, self.keep, of)
+        return CacheView(value, self.given, self.keep, of) if isinstance(value, Cache) else value
+
+    def shown(self, args: tuple[Any, ...], kwargs: dict[str, Any], of: tuple[int, ...]) -> Any:
+        return tuple(self.seen(a, of) for a in args), {n: self.seen(v, of) for n, v in kwargs.items()}
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        shown = {name: seen(value, self.keep, self.of) for name, value in kwargs.items()}
-        return tuple(seen(value, self.keep, self.of) for value in args), shown
+        return self.shown(args, kwargs, self.of)
+
+
+class GroupHeads(ShowHeads):
+    """The same, but the module reads back one head a group, also without a cache. `whole` names the kernels that
+    cannot share a head among query heads: those read all heads. `argument` is the cache's name and place."""
+
+    def __init__(self, keep: list[int], of: list[int], whole: list[str], argument: list[Any], pair: bool) -> None:
+        super().__init__(keep, of)
+        self.whole = tuple(whole)
+        self.name, self.place = argument
+        self.pair = pair
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module.config._attn_implementation in self.whole:
+            return self.shown(args, kwargs, self.of)
+        by_place = len(args) > self.place
+        if (args[self.place] if by_place else kwargs.get(self.name)) is not None:
+            return self.shown(args, kwargs, tuple(range(len(self.keep))))
+        passing = PassingPair(self.keep) if self.pair else Passing(self.keep)
+        if by_place:
+            return (*args[: self.place], passing, *args[self.place + 1 :]), kwargs
+        return args, {**kwargs, self.name: passing}
 
 
 class RepeatRows:
@@ -196,16 +253,21 @@ def shrink(model: Part, recipe: dict[str, Any]) -> None:
         setattr(module, name, value)
 
 
-def install_view(model: Part, recipe: dict[str, Any]) -> None:
+def install_site(model: Part, recipe: dict[str, Any]) -> None:
     for projection in recipe["projections"]:
         shrink(model, projection)
         model.get_submodule(projection["module"]).register_forward_hook(RepeatRows(projection["runs"]))
-    if recipe["cache"] is not None:
-        hook = ShowHeads(recipe["keep"], recipe["of"])
-        model.get_submodule(recipe["cache"]).register_forward_pre_hook(hook, with_kwargs=True)
-
-
-INSTALL = {"view": install_view}
+    for name in recipe["frozen"]:
+        path, _, leaf = name.rpartition(".")
+        getattr(model.get_submodule(path), leaf).requires_grad_(False)
+    if recipe["cache"] is None:
+        return
+    module = model.get_submodule(recipe["cache"])
+    hook = ShowHeads(recipe["keep"], recipe["of"])
+    if recipe["form"] == "grouped":
+        hook = GroupHeads(recipe["keep"], recipe["of"], recipe["whole"], recipe["argument"], recipe["pair"])
+        module.num_key_value_groups = recipe["group"]
+    module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 class Part:
@@ -227,4 +289,4 @@ def install(model: nn.Module, recipe: dict[str, Any], prefix: str = "") -> None:
     part = Part(model, prefix)
     for site in recipe["sites"]:
         if part.holds(site["site"]):
-            INSTALL[site["form"]](part, site)
+            install_site(part, site)

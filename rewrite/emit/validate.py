@@ -192,10 +192,9 @@ def too_much_held(model: PreTrainedModel, inputs: Inputs, expected: Mapping[tupl
         return None
     with torch.no_grad():
         cache = greedy(model, inputs, 2).past_key_values
-    halves = {"": cache}
+    halves = {"": cache, "self": cache}
     if isinstance(cache, EncoderDecoderCache):
-        halves = {"": cache.self_attention_cache, "self": cache.self_attention_cache}
-        halves["cross"] = cache.cross_attention_cache
+        halves = dict.fromkeys(halves, cache.self_attention_cache) | {"cross": cache.cross_attention_cache}
     for (half, number), heads in expected.items():
         layer = halves[half].layers[number]
         for held in (layer.keys, layer.values):

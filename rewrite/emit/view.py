@@ -1,4 +1,8 @@
-"""Form "view": the module untouched, distinct heads held once in its projections and once in the cache."""
+"""Forms "grouped" and "view": the module runs its own forward, distinct heads are held once.
+
+    projections: fewer rows, repeated on the way out        cache: one head a group goes in
+    grouped: the attention kernel reads one head a group     view: it reads all heads
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from rewrite.emit.edits import repeated_rows
+from rewrite.emit.edits import head_gains, repeated_rows
+from rewrite.emit.observe import Log, owner
 from rewrite.heads import Rewritten
 from rewrite.layout import kv_slots
 from rewrite.site import IntArray, Site
@@ -16,24 +21,45 @@ from rewrite.site import IntArray, Site
 Recipe = dict[str, Any]
 
 
-def view(
-    model: nn.Module, site: Site, new: Rewritten, seen: Sequence[tuple[Tensor, Tensor]], cache: str | None
-) -> Recipe | str:
-    """The recipe of a site, or why it cannot be one.
-
-    `cache` is the module that is given the site's cache, `seen` the (k, v) which it handed to `update` in a model
-    whose heads are already equal: the heads that are held are those that really agree there.
-    """
-    made = projections(model, site, new)
+def recipes(model: nn.Module, site: Site, new: Rewritten, log: Log) -> tuple[list[Recipe], dict[str, str]]:
+    """(the site's recipes, those that save time first; form -> why it is not among them)."""
+    why = "not called by the example" if not log.called else _one_place(log)
+    made = projections(model, site, new) if why is None else why
     if isinstance(made, str):
-        return made
-    if cache is None:
-        return {"form": "view", "site": site.name, "projections": made, "cache": None, "keep": [], "of": []}
-    of = heads_shown(site, new, seen)
+        return [], {"view": made}
+    base: Recipe = {"site": site.name, "projections": made, "frozen": sorted({n for n, _ in head_gains(site)})}
+    if not log.writes:
+        return [base | {"form": "view", "cache": None}], {}
+    of = heads_shown(site, new, [(w.k, w.v) for w in log.writes])
     if isinstance(of, str):
-        return of
+        return [], {"view": of}
     keep = [of.index(i) for i in range(max(of) + 1)]
-    return {"form": "view", "site": site.name, "projections": made, "cache": cache, "keep": keep, "of": of}
+    base |= {"cache": owner(site), "keep": keep, "of": of}
+    view = base | {"form": "view"}
+    refusal = _ungrouped(model.get_submodule(owner(site)), site, keep, of)
+    if refusal is not None:
+        return [view], {"grouped": refusal}
+    shared = {"form": "grouped", "group": site.heads // len(keep), "argument": list(log.argument), "pair": log.pair}
+    # whether the model's own eager function shares heads is seen by running both
+    return [base | shared | {"whole": whole} for whole in ([], ["eager"])] + [view], {}
+
+
+def _one_place(log: Log) -> str | None:
+    if len(log.slots) <= 1:
+        return None
+    names = " and ".join(f"{half} {layer}".strip() for half, layer in sorted(log.slots))
+    return f"writes cache layers {names}"
+
+
+def _ungrouped(module: nn.Module, site: Site, keep: Sequence[int], of: Sequence[int]) -> str | None:
+    """Why the attention kernel cannot share the heads that are held."""
+    if not hasattr(getattr(module, "config", None), "_attn_implementation"):
+        return "its module does not choose its attention kernel from a config"
+    reads = list(of) if len(of) == site.heads else [of[g] for g in site.kv_of]
+    group = site.heads // len(keep)
+    if site.heads % len(keep) or reads != [j // group for j in range(site.heads)]:
+        return f"its {site.heads} query heads do not share {len(keep)} kv heads in order"
+    return None
 
 
 def heads_shown(site: Site, new: Rewritten, seen: Sequence[tuple[Tensor, Tensor]]) -> list[int] | str:

@@ -45,8 +45,11 @@ def test_shards_are_one_checkpoint(folder: Path):
         held.tensor("c")
 
 
-def test_a_config_file_means_its_folder(folder: Path):
-    assert locate(folder / "config.json") == folder
+def test_a_config_file_stands_alone(folder: Path):
+    sharded(folder, SHARDS)
+    config = (folder / "config.json").rename(folder / "tiny.json")
+    assert locate(config) == config
+    assert open_checkpoint(config) is None
 
 
 def test_a_link_to_a_file_elsewhere_is_read(folder: Path, tmp_path: Path):

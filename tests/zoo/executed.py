@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-FUSED = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "scaled_dot_product", "_transformer_enc")
+FUSED = ("_scaled_dot_product", "scaled_dot_product", "_native_multi_head_attention", "_transformer_encoder_layer")
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot", "linear", "matmul", "convolution", "_grouped_mm"}
 CLEARING = ("layer_norm", "group_norm", "batch_norm", "rms_norm", "embedding")
 SOFTMAX = {"_softmax", "_safe_softmax", "softmax", "exp"}

@@ -1,0 +1,166 @@
+"""What calibration sums at a site. A target names what it `needs`; every sum is float64 and adds up over batches.
+
+Letters: b batch, h query heads, g kv heads, t query tokens, s key tokens, d head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewrite.site import Norm, Operand, Rope, Site
+
+
+@dataclass(frozen=True, eq=False)
+class SiteBatch:
+    """What one site sees on one batch."""
+
+    site: Site
+    u: Mapping[str, Tensor]
+    """Outputs of the projections, (b, t, rows), under "q", "k" and "v"; several roots stand one after the other."""
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    """(b, heads, t, dim) after norm, gain and shift, before the rope, float64."""
+    p: Callable[[], Tensor]
+    """Attention probabilities (b, h, t, s) of the site on this batch; computed when asked for."""
+    keep: Tensor | None
+    """(b, t) bool: tokens that count; None where all do."""
+
+
+def q_gram(batch: SiteBatch) -> Tensor:
+    """(h, d, d) sum of q qᵀ, head by head."""
+    rows = _counted(batch.q, batch.keep)
+    return torch.einsum("hna,hnb->hab", rows, rows)
+
+
+def k_gram(batch: SiteBatch) -> Tensor:
+    """(g*d + 1, g*d + 1) sum of k̃ k̃ᵀ, k̃ the keys of all heads with a 1 behind them (sums and count stand there)."""
+    return _augmented(_counted(batch.k, batch.keep))
+
+
+def v_gram(batch: SiteBatch) -> Tensor:
+    """(g*d + 1, g*d + 1) sum of ṽ ṽᵀ, as `k_gram`."""
+    return _augmented(_counted(batch.v, batch.keep))
+
+
+def k_inverse(batch: SiteBatch) -> Tensor:
+    """(g + 1,) sum of 1/ρ_i, ρ_i what the norm divides key head i by (1 without a norm); the count stands last."""
+    return _inverse(batch.site.k, batch.u["k"], batch.keep)
+
+
+def v_inverse(batch: SiteBatch) -> Tensor:
+    """(g + 1,) as `k_inverse`, for values."""
+    return _inverse(batch.site.v, batch.u["v"], batch.keep)
+
+
+def phases(batch: SiteBatch) -> Tensor:
+    """(3, h, d, d, 2) sums over queries of the phase moments of the rope; the last axis holds re and im.
+
+    With φ_a the frequency of coordinate a (see `coordinates`) and Δ = key position - query position:
+    [0] E_p[e^{i(φ_a - φ_b)Δ}] under the query's attention p, [1] E_p[e^{iφ_a Δ}]·conj(E_p[e^{iφ_b Δ}]),
+    [2] as [0] with every visible key equal. Diagonals of [0] and [2] count the queries.
+    """
+    p = batch.p()
+    queries = batch.keep if batch.keep is not None and batch.keep.shape == p[:, 0, :, 0].shape else None
+    if queries is not None:
+        p = p * queries[:, None, :, None]
+    even = (p > 0).double()
+    even = even / even.sum(-1, keepdim=True).clamp(min=1.0)
+    phi = frequencies(batch.site.k)
+    total = [_by_distance(p, phi), _by_query(p, phi), _by_distance(even, phi)]
+    return torch.view_as_real(torch.stack(total))
+
+
+NEEDS: Mapping[str, Callable[[SiteBatch], Tensor]] = {
+    "q_gram": q_gram,
+    "k_gram": k_gram,
+    "v_gram": v_gram,
+    "k_inverse": k_inverse,
+    "v_inverse": v_inverse,
+    "phases": phases,
+}
+"""Every statistic that a target may ask for."""
+
+
+def coordinates(rope: Rope | None, dim: int) -> Tensor:
+    """(d, d) unitary map to coordinates in which the rope is diagonal: per pair (x_a + i·x_b)/√2 and its conjugate
+    in the places of a and b, plain dims as they are."""
+    u = torch.eye(dim, dtype=torch.complex128)
+    if rope is None:
+        return u
+    root = 0.5**0.5
+    for a, b in rope.pairs.tolist():
+        u[a, a], u[a, b] = root, root * 1j
+        u[b, a], u[b, b] = root, -root * 1j
+    return u
+
+
+def frequencies(operand: Operand) -> Tensor:
+    """(d,) turn per position of every coordinate; 0 where nothing rotates. Tables of angles that are not affine in
+    the position have none: there the caller must not ask."""
+    phi = torch.zeros(operand.dim, dtype=torch.float64)
+    rope = operand.rope
+    if rope is not None and len(rope.frequencies):
+        turn = torch.from_numpy(rope.frequencies).double()
+        phi[rope.pairs[:, 0]] = turn
+        phi[rope.pairs[:, 1]] = -turn
+    return phi
+
+
+def divisor(norm: Norm | None, u: Tensor) -> Tensor:
+    """(..., heads, 1) what the norm divides heads by; u (..., heads, dim)."""
+    if norm is None:
+        return torch.ones_like(u[..., :1])
+    u = u if norm.over == "head" else u.flatten(-2)[..., None, :]
+    if norm.kind == "layer":
+        u = u - u.mean(-1, keepdim=True)
+    square = u.square().sum(-1, keepdim=True) if norm.kind == "l2" else u.square().mean(-1, keepdim=True)
+    return (square + norm.eps).sqrt()
+
+
+def _inverse(operand: Operand, u: Tensor, keep: Tensor | None) -> Tensor:
+    heads = u.double()[..., torch.from_numpy(operand.rows)]
+    one_over = (1 / divisor(operand.norm, heads))[..., 0].expand(*heads.shape[:-1])
+    rows = _counted(one_over.transpose(1, 2)[..., None], keep)[..., 0]
+    return torch.cat([rows.sum(1), torch.tensor([float(rows.shape[1])], dtype=torch.float64)])
+
+
+def _counted(x: Tensor, keep: Tensor | None) -> Tensor:
+    """(heads, tokens, dim) of those tokens that count; a mask of another length belongs to other tokens."""
+    rows = x.transpose(0, 1)
+    if keep is not None and keep.shape == rows.shape[1:3]:
+        return rows[:, keep]
+    return rows.flatten(1, 2)
+
+
+def _augmented(rows: Tensor) -> Tensor:
+    flat = rows.transpose(0, 1).flatten(1)
+    flat = torch.cat([flat, torch.ones_like(flat[:, :1])], 1)
+    return flat.T @ flat
+
+
+def _by_distance(p: Tensor, phi: Tensor) -> Tensor:
+    """(h, d, d) sum over queries of E_p[e^{i(φ_a - φ_b)Δ}], from the distribution of distances."""
+    _, heads, t, s = p.shape
+    place = torch.arange(s)[None] - torch.arange(t)[:, None] + t - 1
+    mass = torch.zeros(heads, t + s - 1, dtype=torch.float64)
+    mass.index_add_(1, place.reshape(-1), p.sum(0).reshape(heads, -1))
+    turn = _turns(torch.arange(t + s - 1) - t + 1, phi)
+    return torch.stack([(turn.T * m) @ turn.conj() for m in mass])
+
+
+def _by_query(p: Tensor, phi: Tensor) -> Tensor:
+    """(h, d, d) sum over queries of E_p[e^{iφ_a Δ}]·conj(E_p[e^{iφ_b Δ}])."""
+    t, s = p.shape[-2:]
+    mean = (p.to(torch.complex128) @ _turns(torch.arange(s), phi)) * _turns(torch.arange(t), phi).conj()
+    rows = mean.transpose(0, 1).flatten(1, 2)
+    return rows.transpose(1, 2) @ rows.conj()
+
+
+def _turns(at: Tensor, phi: Tensor) -> Tensor:
+    angles = at.double()[:, None] * phi[None]
+    return torch.polar(torch.ones_like(angles), angles)

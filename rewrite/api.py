@@ -1,0 +1,275 @@
+"""The user's door: plan, convert, check. `convert` reads like the pipeline that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes import Target
+from passes.assign import assign, barred
+from passes.convert import Change, convert_sites, named_tensors
+from passes.find import Found, find
+from passes.gqa import GQA
+from passes.lower import lower
+from passes.plan import Plan, make_plan, no_attention, nothing_applies, require_space
+from passes.sizes import describe
+from rewrite.calibration import Batch, Windows, batches
+from rewrite.capture import capture
+from rewrite.check import check as compare
+from rewrite.folder import refuse_output
+from rewrite.opened import Opened, open_model
+from rewrite.program import Program
+from rewrite.report import Checked, Report
+from rewrite.save import made_by, refuse_saving, save
+from rewrite.spell import spell
+
+TARGETS: tuple[type[Any], ...] = (GQA,)
+"""Every target that can be asked for, by the command line too."""
+
+Inputs = tuple[Any, ...] | dict[str, Any] | None
+Tell = Callable[[str, int, int], None]
+
+
+def plan(
+    model: nn.Module | str | Path,
+    target: Target | Sequence[Target] = (),
+    *,
+    inputs: Inputs = None,
+    only: str = "*",
+    skip: Sequence[str] = (),
+    context: int = 32_768,
+) -> Plan:
+    """Every attention of a model, and what `target` would make of it. Of a folder the config alone is needed.
+
+    `inputs` (a tuple of positional, a dict of keyword arguments) are asked for only by a module without a config.
+    `only` and `skip` are globs on site names; `context` is the tokens for which the cache is stated.
+    """
+    program = capture(model, inputs, dynamic=False)
+    step = _Step(target=next(iter(_sequence(target)), None), inputs=inputs, only=only, skip=tuple(skip))
+    return step.plan(model, program, find(program.static), context)
+
+
+def convert(
+    model: nn.Module | str | Path,
+    target: Target | Sequence[Target],
+    *,
+    calibration: Any = None,
+    text: Any = None,
+    samples: int = 128,
+    length: int | None = None,
+    inputs: Inputs = None,
+    only: str = "*",
+    skip: Sequence[str] = (),
+    out: str | Path | None = None,
+    max_loss: float | None = None,
+    check: bool = True,
+    seed: int = 0,
+    progress: Tell | None = None,
+) -> Any:
+    """A new model with the attention rewritten, and `.rewrite_report` on it; `model` is not touched.
+
+    `calibration`: texts, a file's Path, token tensors or dictionaries of inputs; without it the weights alone decide.
+    At most `samples` windows of `length` tokens (the model's context, 2048 at most) are used. `text` is what the loss
+    is measured on; without it the outputs on example inputs are compared. `out` is a new folder, whole or absent.
+    Raises where no site can be converted; a failed check is told by the report, and names the folder `out.failed`.
+    """
+    if out is not None:
+        refuse_output(Path(out), Path(model) if isinstance(model, (str, Path)) else None)
+    opened, tell = open_model(model), progress or _silent
+    if out is not None:
+        refuse_saving(opened.working)
+    windows = Windows(length or opened.context, samples)
+    step = _Step(None, inputs, only, tuple(skip), opened, calibration, windows, None if out is None else Path(out))
+    module, done = opened.working, list[_Done]()
+    for each in _sequence(target):
+        done.append(replace(step, target=each).run(module, tell))
+        module = done[-1].model
+    made = opened.as_given(module)
+    checked = _check(opened, made, text, inputs, max_loss, seed, tell, step.lossless(done[0])) if check else None
+    made.rewrite_report = _report(opened, step, _sequence(target), done, checked, seed)
+    if out is not None:
+        save(made, opened, made.rewrite_report, Path(out))
+    return made
+
+
+def check(
+    out: nn.Module | str | Path,
+    against: nn.Module | str | Path,
+    *,
+    text: Any = None,
+    inputs: Inputs = None,
+    max_loss: float | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Tell | None = None,
+) -> Checked:
+    """Measure a converted model against the one that it was made from; figures as in `Checked`."""
+    original = open_model(against)
+    made = open_model(out, trust_remote_code=trust_remote_code).working
+    return _check(original, made, text, inputs, max_loss, seed, progress or _silent, None)
+
+
+def _sequence(target: Target | Sequence[Target]) -> tuple[Target, ...]:
+    return tuple(target) if isinstance(target, Sequence) else (target,)
+
+
+def _silent(_name: str, _done: int, _total: int) -> None:
+    return
+
+
+@dataclass(frozen=True, eq=False)
+class _Done:
+    """What one step made, and of which sites."""
+
+    model: nn.Module
+    plan: Plan
+    changes: Mapping[str, Change]
+    used: Sequence[Batch] | None
+    program: Program
+    found: Found
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One target on one model: capture, find, plan, calibrate, convert, emit."""
+
+    target: Target | None
+    inputs: Inputs
+    only: str = "*"
+    skip: tuple[str, ...] = ()
+    opened: Opened | None = None
+    calibration: Any = None
+    windows: Windows | None = None
+    out: Path | None = None
+
+    def run(self, module: nn.Module, tell: Tell) -> _Done:
+        """The pipeline, once."""
+        program = capture(module, self.inputs)
+        found = find(program.static)
+        planned = self.plan(module, program, found)
+        _require(planned)
+        if self.out is not None:
+            require_space(planned, self.out)
+        data = self.batches(program)
+        changes = convert_sites(program, found, self.targets(found), data, tell)
+        made, planned = emit(program, changes, planned)
+        return _Done(made, planned, changes, data, program, found)
+
+    def targets(self, found: Found) -> dict[str, Target]:
+        """The target of every site that can have it."""
+        if self.target is None:
+            return {}
+        shared = barred(found)
+        chosen = assign(found, self.target, self.only, self.skip)
+        sites = {s.name: s for s in found.sites}
+        return {n: t for n, t in chosen.items() if n not in shared and t.refuse(sites[n]) is None}
+
+    def plan(self, model: Any, program: Program, found: Found, context: int = 32_768) -> Plan:
+        """What would be done, site by site."""
+        label = self.opened.folder if self.opened is not None and self.opened.folder is not None else model
+        if not found.sites:
+            raise no_attention(describe(label, program.module), len(program.static.graph.nodes), found)
+        chosen = assign(found, self.target, self.only, self.skip) if self.target is not None else {}
+        spelled = (spell(self.target),) if self.target is not None else ()
+        return make_plan(label, program, found, chosen, spelled=spelled, barred=barred(found), context=context)
+
+    def batches(self, program: Program) -> list[Batch] | None:
+        """The calibration for this model's inputs; at the traced size where the model takes no other."""
+        if self.calibration is None or self.windows is None or self.opened is None:
+            return None
+        names = [str(n) for n in program.static.graph_signature.user_inputs if isinstance(n, str)]
+        example = dict(zip(names, [*program.args, *program.kwargs.values()], strict=False))
+        windows = self.windows
+        if program.dynamic is None:
+            rows, tokens = next(a.shape[:2] for a in example.values() if isinstance(a, torch.Tensor) and a.dim() > 1)
+            windows = Windows(tokens, windows.samples, rows)
+        return batches(self.calibration, example, windows, self.opened.tokenizer)
+
+    def lossless(self, done: _Done) -> Callable[[], nn.Module]:
+        """The same sites at the setting that must be exact, through the same emission."""
+
+        def make() -> nn.Module:
+            exact = {n: TARGETS[0](c.site.kv_heads) for n, c in done.changes.items()}
+            same = convert_sites(done.program, done.found, exact, None, _silent)
+            return emit(done.program, same, done.plan)[0]
+
+        return make
+
+
+def emit(program: Program, changes: Mapping[str, Change], planned: Plan) -> tuple[nn.Module, Plan]:
+    """The new model, and the plan with the form that each site got. A module without a config becomes a graph."""
+    from transformers import PreTrainedModel
+
+    from rewrite.emit import emit as emit_pretrained
+
+    pairs = {name: (c.site, c.rewritten) for name, c in changes.items()}
+    if not isinstance(program.module, PreTrainedModel):
+        made = lower(program.dynamic or program.static, pairs, named_tensors(program.module))
+        return made, planned.emitted(dict.fromkeys(pairs, ("graph", "")), {})
+    emitted = emit_pretrained(program.module, pairs, program.kwargs)
+    planned = planned.emitted({n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}, emitted.refused)
+    _require(planned)
+    return emitted.model, planned
+
+
+def _require(planned: Plan) -> None:
+    nothing = nothing_applies(planned)
+    if nothing is not None:
+        raise nothing
+
+
+def _check(
+    opened: Opened,
+    made: nn.Module,
+    text: Any,
+    inputs: Inputs,
+    max_loss: float | None,
+    seed: int,
+    tell: Tell,
+    lossless: Callable[[], nn.Module] | None,
+) -> Checked:
+    """Both models rounded to the source's type, as they are saved, and run in float32."""
+    windows: list[torch.Tensor] = []
+    if text is not None:
+        cut = Windows(opened.context, samples=1_000_000)
+        windows = [b["input_ids"] for b in batches(text, {"input_ids": 0}, cut, opened.tokenizer)]
+        example = None
+    else:
+        program = capture(opened.working, inputs, dynamic=False)
+        example = program.args or program.kwargs
+    return compare(
+        opened.working,
+        opened.widened(made),
+        windows=windows,
+        example=example,
+        max_loss=max_loss,
+        lossless=lossless,
+        seed=seed,
+        progress=tell,
+    )
+
+
+def _report(
+    opened: Opened, step: _Step, targets: Sequence[Target], done: Sequence[_Done], checked: Checked | None, seed: int
+) -> Report:
+    used = done[0].used
+    return Report(
+        version=1,
+        model=opened.label,
+        architecture=type(opened.working).__name__,
+        fingerprint=opened.fingerprint,
+        target=tuple(spell(t) for t in targets),
+        only=step.only,
+        skip=step.skip,
+        seed=seed,
+        calibration=None if used is None else opened.calibration(step.calibration, used),
+        sites=done[-1].plan.measured({n: c.error for n, c in done[-1].changes.items()}),
+        checked=checked,
+        notes=tuple(dict.fromkeys(note for d in done for c in d.changes.values() for note in c.rewritten.notes)),
+        made_by=made_by(),
+    )

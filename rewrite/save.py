@@ -1,0 +1,81 @@
+"""The folder that `convert` leaves: what transformers expects, the recipe, the report and the model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rewrite.card import write_card
+from rewrite.errors import BadUsage
+from rewrite.folder import draft
+from rewrite.opened import Opened
+from rewrite.report import Report
+
+BESIDE = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "pre", "processor")
+"""Beginnings of the names of files that belong to a model and that no conversion changes."""
+
+
+def refuse_saving(model: Any) -> None:
+    """Raise where the result could not be written as a folder."""
+    if not hasattr(model, "save_pretrained"):
+        raise BadUsage(
+            "output",
+            f"{type(model).__name__} is no PreTrainedModel, so there is no folder format for the result",
+            "leave `out` away; keep the returned module with torch.export.save(torch.export.export(new, inputs), path)",
+        )
+
+
+def save(made: Any, opened: Opened, report: Report, out: Path) -> Path:
+    """Write the folder, whole or not at all; a failed check leaves `out.failed`. Gives the folder's final name."""
+    with draft(out, opened.folder) as work:
+        made.save_pretrained(work.path)
+        _for_older_readers(work.path / "config.json")
+        if opened.folder is not None:
+            _copy_beside(opened.folder, work.path)
+        elif opened.tokenizer is not None:
+            opened.tokenizer.save_pretrained(work.path)
+        write_card(work.path, report, _licence(opened.folder))
+        failed = report.checked is not None and bool(report.checked.failures)
+        return work.fail() if failed else work.publish()
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name.startswith(BESIDE) and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+
+
+def _for_older_readers(config: Path) -> None:
+    """transformers 5 writes `rope_parameters` and `dtype` alone; readers of version 4 would take a base of 10,000 and
+    float32 without a word, so their names stand beside the new ones."""
+    table = json.loads(config.read_text(encoding="utf-8"))
+    rope = table.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        table.setdefault("rope_theta", rope["rope_theta"])
+    if "dtype" in table:
+        table.setdefault("torch_dtype", table["dtype"])
+    config.write_text(json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _licence(folder: Path | None) -> str:
+    """The licence that the source's model card names."""
+    card = folder / "README.md" if folder is not None else None
+    if card is None or not card.is_file():
+        return ""
+    lines = card.read_text(encoding="utf-8", errors="replace").split("---")
+    head = lines[1].splitlines() if len(lines) > 2 else []
+    return next((h.partition(":")[2].strip() for h in head if h.startswith("license:")), "")
+
+
+def made_by() -> tuple[tuple[str, str], ...]:
+    """(package, version) of what computed the result."""
+    found: list[tuple[str, str]] = []
+    for name in ("reattn", "torch", "transformers", "safetensors"):
+        try:
+            found.append((name, version(name)))
+        except PackageNotFoundError:
+            found.append((name, "not installed as a package"))
+    return tuple(found)
