@@ -155,6 +155,8 @@ def ship(kind: str, steps: int) -> None:
     model.to(torch.bfloat16).save_pretrained(HERE / kind)
     tokenizer.save_pretrained(HERE / kind)
     (HERE / kind / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    for path in (HERE / kind).iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
     print(json.dumps(facts), flush=True)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from passes import Target
-from passes.find import Found
 from passes.sizes import Source, count, describe, parameters, saved, shape
 from passes.verdict import no_attention, nothing_applies, require_space
 from rewrite.machine import Machine, this_machine
@@ -18,6 +17,9 @@ from rewrite.report import Pair, SiteRow
 from rewrite.runtimes import runtimes
 from rewrite.site import Refusal, Site
 from rewrite.table import change, columns, fold, memory, number, size
+
+if TYPE_CHECKING:
+    from passes.find import Found
 
 __all__ = ["Plan", "make_plan", "no_attention", "nothing_applies", "require_space"]
 
@@ -95,10 +97,9 @@ class Plan:
 
     def _head(self) -> str:
         s = self.source
-        shards = f" in {s.shards} shard{'s' if s.shards != 1 else ''}" if s.shards else ", weights not here"
         lines = [
             f"model    {s.label} · {s.architecture} · {number(s.parameters)} parameters · {s.kind} · "
-            f"{size(s.bytes)}{shards}",
+            f"{size(s.bytes)} {s.held}",
             f"found    {count(len(self.sites), 'attention site')}, each proven"
             + (f"; {len(self.refused)} not recognised" if self.refused else ""),
         ]
@@ -145,7 +146,7 @@ class Plan:
         lines += [self._needs(), f"{self.converted} of {len(self.rows) + len(self.refused)} converted."]
         if self.converted:
             to = " ".join(f"--to {t}" for t in self.target)
-            lines.append(f"next     reattn convert {self.source.label} OUT {to} --calibrate TEXT")
+            lines.append(f"next     reattn convert {self.source.label} OUT {to} --calibrate TEXT --text OTHER_TEXT")
         return "\n".join(lines)
 
     def _needs(self) -> str:
@@ -259,7 +260,7 @@ def _cells(row: SiteRow, each: int, wanted: bool) -> list[str]:
 
     cache = both(row.cache_before * each, row.cache_after * each, memory) if row.cache_before else "–"
     after = row.after if row.converted else "unchanged"
-    note = " ".join(p for p in (row.form, row.note) if p)
+    note = f"{row.form} ({row.note})" if row.form and row.note else row.form or row.note
     return [row.before, after if wanted else "", cache, both(row.parameters_before, row.parameters_after, number), note]
 
 

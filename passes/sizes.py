@@ -21,7 +21,8 @@ class Source:
     each: int
     kind: str
     """Main type of its numbers: bfloat16."""
-    shards: int
+    held: str
+    """Where the weights are: in 2 shards."""
     generates: bool
     """Whether it holds a cache while it generates text."""
 
@@ -44,7 +45,7 @@ def parameters(site: Site) -> int:
     return numbers(site.q) + numbers(site.k) + numbers(site.v) + out
 
 
-def saved(before: tuple[Site, ...], after: list[Site]) -> int:
+def saved(before: tuple[Site, ...], after: tuple[Site, ...]) -> int:
     """Numbers that the model loses; layers that share their tensors count once."""
     seen: dict[tuple[str, ...], int] = {}
     for old, new in zip(before, after, strict=True):
@@ -70,7 +71,11 @@ def describe(model: Any, module: Any) -> Source:
         bytes=held.bytes if held else sum(weight.values()),
         each=main.itemsize if main is not None else 4,
         kind=str(main).removeprefix("torch.") if main is not None else "float32",
-        shards=len(held.headers) if held else 0,
+        held=f"in {count(len(held.headers), 'shard')}"
+        if held
+        else "in memory"
+        if folder is None
+        else "(no weights here)",
         generates=bool(generates()) if callable(generates) else False,
     )
 

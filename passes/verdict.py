@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from passes.find import Found
 from passes.sizes import Source, count
 from rewrite.errors import OutOfSpace, ReattnError, Refused
 from rewrite.table import size
 
 if TYPE_CHECKING:
+    from passes.find import Found
     from passes.plan import Plan
 
 

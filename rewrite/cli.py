@@ -141,9 +141,7 @@ def _add_convert(verbs: Any) -> None:
     )
     where = verb.add_argument_group("Where")
     where.add_argument("out", metavar="OUT", type=Path, help="the new folder; it must not exist")
-    where.add_argument(
-        "--text", metavar="FILE", type=Path, help="text to measure perplexity on, other than --calibrate"
-    )
+    where.add_argument("--text", metavar="FILE", type=Path, help="text to measure perplexity on")
     limits = verb.add_argument_group("Limits")
     limits.add_argument("--calibrate-samples", metavar="N", type=_positive, default=128, help="windows of text (128)")
     limits.add_argument(
@@ -180,17 +178,17 @@ def _limits(group: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text.replace(",", "").replace("_", ""))
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+    digits = text.replace(",", "").replace("_", "")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number from 1 up")
+    return int(digits)
 
 
 def _share(text: str) -> float:
-    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is no share; write 0.05 or 5%")
-    return value
+    digits = text.removesuffix("%")
+    if not digits.replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no share; write 0.05 or 5%")
+    return float(digits) / (100 if text.endswith("%") else 1)
 
 
 def run_plan(options: argparse.Namespace) -> tuple[str, int]:
@@ -212,7 +210,7 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
     from rewrite.progress import progress
 
     if options.max_loss is not None and (options.text is None or options.no_check):
-        raise BadUsage("usage", "--max-loss is a limit on perplexity, so it needs --text FILE and a check")
+        raise BadUsage("usage", "--max-loss is a limit on perplexity", "it needs --text FILE, and no --no-check")
     require_checkpoint(options.model)
     refuse_output(options.out, options.model)
     for path in (options.calibrate, options.text):

@@ -43,6 +43,8 @@ class Work:
     full: Mapping[str, Edits]
     """Site name -> tensors of the source's shapes."""
     logs: Mapping[str, Log]
+    same: tuple[str, ...] = ()
+    """Sites that keep their number of heads: new weights in the old shapes."""
     stock: dict[str, Field] = field(default_factory=dict)
     last: bool = False
     recipes: dict[str, list[Recipe]] = field(default_factory=dict)
@@ -71,15 +73,17 @@ def emit(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]) ->
     _settle_recipes(work)
     chosen = {n: r[0] for n, r in work.recipes.items() if r}
     for name in work.changes:
-        if name not in work.stock and name not in chosen:
+        if name not in work.stock and name not in chosen and name not in work.same:
             refused[name] = "; ".join(work.why[name])
-    forms = dict.fromkeys(work.stock, "stock") | {n: str(r["form"]) for n, r in chosen.items()}
+    forms = dict.fromkeys([*work.same, *work.stock], "stock") | {n: str(r["form"]) for n, r in chosen.items()}
     made = _build(work, list(work.stock), chosen, ship=True)
     problem = _problem(work, made, [*work.stock, *chosen]) if forms else None
     if problem is not None:
         raise RuntimeError(f"what was proven before it was written out is wrong after: {problem}")
     as_before(made, model)
-    return Emitted(made, forms, work.why, refused)
+    # two ways of one form may be tried: what the first could not do is no news where the second can
+    why = {n: [w for w in reasons if not w.startswith(f"{forms.get(n)}:")] for n, reasons in work.why.items()}
+    return Emitted(made, forms, why, refused)
 
 
 def padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,12 +119,13 @@ def _prepare(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]
     tensors = table(source)
     full = {n: edited(site, new, tensors.__getitem__) for n, (site, new) in changes.items()}
     reference = twin(source, _joined(full, list(full)), share=True)
-    return Work(source, changes, inputs, full, observe(reference, [s for s, _ in changes.values()], inputs))
+    same = tuple(n for n, (site, new) in changes.items() if site.k.heads == new.site.k.heads)
+    return Work(source, changes, inputs, full, observe(reference, [s for s, _ in changes.values()], inputs), same)
 
 
 def _choose_stock(work: Work) -> None:
     """Sites whose own class takes the new number of heads; all of them, proven, or none."""
-    taken, reasons = fields(work.model, work.changes)
+    taken, reasons = fields(work.model, work.changes, work.same)
     for name, reason in reasons.items():
         work.no(name, "stock", reason)
     problem: str | None = None
@@ -138,7 +143,7 @@ def _choose_stock(work: Work) -> None:
 def _offer_recipes(work: Work) -> None:
     """For each site that is not stock the recipes that its structure allows."""
     for name, (site, new) in work.changes.items():
-        if name in work.stock:
+        if name in work.stock or name in work.same:
             continue
         work.recipes[name], reasons = recipes(work.model, site, new, work.logs[owner(site)])
         for form, reason in reasons.items():
@@ -180,7 +185,7 @@ def _kind(work: Work, name: str, recipe: Recipe) -> str:
 
 def _build(work: Work, stock: Sequence[str], chosen: Mapping[str, Recipe], *, ship: bool) -> PreTrainedModel | str:
     """The model with these forms. What ships is a copy of its own and made by the generated file's text."""
-    edits = _joined(work.full, [*stock, *chosen])
+    edits = _joined(work.full, [*work.same, *stock, *chosen])
     if stock:
         small = smaller(work.changes, {n: work.stock[n] for n in stock}, edits, last=work.last)
         if isinstance(small, str):
@@ -206,8 +211,9 @@ def _build(work: Work, stock: Sequence[str], chosen: Mapping[str, Recipe], *, sh
 def _problem(work: Work, made: PreTrainedModel | str, names: Sequence[str]) -> str | None:
     if isinstance(made, str):
         return made
+    names = [*work.same, *names]
     found = differs(work.expanded(names), made, work.inputs)
-    if found is not None or not names:
+    if found is not None:
         return found
     slots = {next(iter(log.slots)): name for name in names if len((log := work.logs[owner(work.changes[name][0])]).slots) == 1}
     expected = {slot: work.changes[name][1].site.k.heads for slot, name in slots.items()}

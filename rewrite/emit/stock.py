@@ -50,14 +50,16 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
 
 
-def fields(model: PreTrainedModel, changes: Changes) -> tuple[dict[str, Field], dict[str, str]]:
-    """(site name -> field that makes it stock, site name -> why there is none)."""
+def fields(
+    model: PreTrainedModel, changes: Changes, same: Sequence[str] = ()
+) -> tuple[dict[str, Field], dict[str, str]]:
+    """(site name -> field that makes it stock, site name -> why there is none); `same` sites need no field."""
     old = shapes_of(model)
     taken: dict[str, Field] = {}
     reasons: dict[str, str] = {}
     tried: dict[tuple[tuple[str, ...], str, int], Shapes | None] = {}
     for name, (site, new) in changes.items():
-        if name in taken:
+        if name in taken or name in same:
             continue
         for path, spelling, field in _candidates(model.config, site.k.heads):
             key = (path, field, new.site.k.heads)
@@ -99,9 +101,17 @@ def config_with(config: PreTrainedConfig, taken: Mapping[str, Field]) -> PreTrai
         part = _part(made, field.path)
         setattr(part, field.name, field.value)
         # written out, or a reader that derives it from the number of heads could take another
-        if getattr(part, "head_dim", None) is None:
+        if not _told(part, "head_dim"):
             part.head_dim = field.head_dim
     return made
+
+
+def _told(config: PreTrainedConfig, name: str) -> bool:
+    """Whether the config has a value of this name; one that differs from layer to layer cannot be read, but is told."""
+    try:
+        return getattr(config, name, None) is not None
+    except RuntimeError:
+        return True
 
 
 def _part(config: PreTrainedConfig, path: tuple[str, ...]) -> Any:

@@ -9,6 +9,11 @@ from tests.zoo.library import MLA, MOE, TEXT, entries
 GQA: dict[str, Any] = {"num_key_value_heads": 2}
 HEAD16: dict[str, Any] = {"head_dim": 16}
 
+DOTS: dict[str, Any] = {
+    **HEAD16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+
 ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("llama", "LlamaConfig", "LlamaForCausalLM", {}),
     ("llama-gqa", "LlamaConfig", "LlamaForCausalLM", GQA),
@@ -58,7 +63,6 @@ ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("xglm", "XGLMConfig", "XGLMForCausalLM", {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 128}),
     ("biogpt", "BioGptConfig", "BioGptForCausalLM", {}),
     ("ctrl", "CTRLConfig", "CTRLLMHeadModel", {"dff": 128}),
-    ("xlnet", "XLNetConfig", "XLNetLMHeadModel", {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}),
     ("xlm", "XLMConfig", "XLMWithLMHeadModel", {"emb_dim": 64, "n_layers": 2, "n_heads": 4}),
     ("deepseek_v2", "DeepseekV2Config", "DeepseekV2ForCausalLM", MLA),
     ("deepseek_v3", "DeepseekV3Config", "DeepseekV3ForCausalLM", MLA),
@@ -76,21 +80,19 @@ ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("nanochat", "NanoChatConfig", "NanoChatForCausalLM", {}),
     ("modernbert-decoder", "ModernBertDecoderConfig", "ModernBertDecoderForCausalLM", {"local_attention": 4}),
     ("doge", "DogeConfig", "DogeForCausalLM", {}),
-    ("dots1", "Dots1Config", "Dots1ForCausalLM", {**MLA, "head_dim": 16}),
+    ("dots1", "Dots1Config", "Dots1ForCausalLM", DOTS),
     ("bitnet", "BitNetConfig", "BitNetForCausalLM", {}),
     ("jetmoe", "JetMoeConfig", "JetMoeForCausalLM", {**MOE, "kv_channels": 16, "num_key_value_heads": 2}),
-    ("dbrx", "DbrxConfig", "DbrxForCausalLM", {}),
     ("lfm2", "Lfm2Config", "Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
-    ("qwen3_next", "Qwen3NextConfig", "Qwen3NextForCausalLM", {**MOE, **HEAD16}),
-    ("recurrent_gemma", "RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", {"attention_window_size": 4}),
-    ("bamba", "BambaConfig", "BambaForCausalLM", {}),
-    ("zamba", "ZambaConfig", "ZambaForCausalLM", {}),
-    ("jamba", "JambaConfig", "JambaForCausalLM", MOE),
+    ("qwen3_next", "Qwen3NextConfig", "Qwen3NextForCausalLM", {**MOE, **HEAD16, "layer_types": ["linear_attention", "full_attention"]}),
+    ("recurrent_gemma", "RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", {"attention_window_size": 4, "num_hidden_layers": 3}),
+    ("bamba", "BambaConfig", "BambaForCausalLM", {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 8}),
+    ("zamba", "ZambaConfig", "ZambaForCausalLM", {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}),
+    ("jamba", "JambaConfig", "JambaForCausalLM", {**MOE, "attn_layer_period": 2, "attn_layer_offset": 1}),
     ("bert-generation", "BertGenerationConfig", "BertGenerationDecoder", {"is_decoder": True}),
     ("bert-causal", "BertConfig", "BertLMHeadModel", {"is_decoder": True}),
     ("roberta-causal", "RobertaConfig", "RobertaForCausalLM", {"is_decoder": True}),
     ("trocr", "TrOCRConfig", "TrOCRForCausalLM", {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4}),
-    ("git-text", "GitConfig", "GitForCausalLM", {}),
     ("youtu", "YoutuConfig", "YoutuForCausalLM", MLA),
     ("longcat", "LongcatFlashConfig", "LongcatFlashForCausalLM", MLA),
     ("vaultgemma", "VaultGemmaConfig", "VaultGemmaForCausalLM", {**HEAD16, "sliding_window": 4}),
@@ -99,6 +101,17 @@ ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("mamba", "MambaConfig", "MambaForCausalLM", {}),
 ]
 
-ONLY: dict[str, str] = {}
+EAGER = (
+    "gemma2", "openai-gpt", "gpt_neo", "gpt_neox_japanese", "gptj", "codegen", "bloom", "mpt", "xglm", "xlm", "gpt_oss",
+    "trocr", "vaultgemma", "mamba",
+)  # fmt: skip
+"""Types that have no sdpa."""
 
-DECODERS = entries("decoder", TEXT, ROWS, ONLY)
+ONLY = dict.fromkeys(EAGER, "eager")
+
+XLNET: dict[str, Any] = {"vocab_size": 128, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}
+
+DECODERS = [
+    *entries("decoder", TEXT, ROWS, ONLY),
+    *entries("decoder", XLNET, [("xlnet", "XLNetConfig", "XLNetLMHeadModel", {})], {"xlnet": "eager"}),
+]
