@@ -36,13 +36,14 @@ def shape(site: Site) -> str:
 
 
 def parameters(site: Site) -> int:
-    """Numbers in the projections of a site."""
+    """Numbers in the projections of a site, biases included. The number of kv heads is the form's: of a site that is
+    only planned the operands are still those of the source."""
 
-    def numbers(o: Operand) -> int:
-        return o.heads * o.dim * (o.roots[0].columns + (o.roots[0].bias is not None))
+    def numbers(o: Operand, heads: int) -> int:
+        return heads * o.dim * (o.roots[0].columns + (o.roots[0].bias is not None))
 
     out = 0 if isinstance(site.out, Refusal) else site.heads * site.v.dim * site.out.root.rows
-    return numbers(site.q) + numbers(site.k) + numbers(site.v) + out
+    return numbers(site.q, site.heads) + sum(numbers(o, site.kv_heads) for o in (site.k, site.v)) + out
 
 
 def saved(before: tuple[Site, ...], after: tuple[Site, ...]) -> int:
@@ -78,6 +79,12 @@ def describe(model: Any, module: Any) -> Source:
         else "(no weights here)",
         generates=bool(generates()) if callable(generates) else False,
     )
+
+
+def _held(folder: Path | None, found: Checkpoint | None) -> str:
+    if found is not None:
+        return f"in {count(len(found.headers), 'shard')}"
+    return "in memory" if folder is None else "(no weights here)"
 
 
 def count(n: int, what: str) -> str:

@@ -175,7 +175,7 @@ def _rows(graph: Graph, scores: Written, p: Side, draw: Draw) -> tuple[Tensor, T
     item = spelled.item.reshape(-1, spelled.item.shape[-1]).amax(-1)
     where_from = torch.full((shape[0],), -1)
     where_from[item[item >= 0]] = torch.arange(item.numel())[item >= 0]
-    rows = where_from[scores.row_of]
+    rows = where_from[scores.row_of].reshape(scores.shape()[:2])
     if (rows < 0).any() or item.numel() != rows.numel():
         raise NotLifted("rows of the scores do not all reach the product with v", p.node)
     return run(torch.zeros(shape[0], dtype=torch.bool)), rows

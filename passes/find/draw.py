@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,13 +17,13 @@ class Draw:
     """Fills placeholders. Parameters are drawn, because weights of 1 and biases of 0 hide structure.
 
     `keep_frozen`: parameters that never train keep their value: sine tables that are parameters must not be noise.
-    `true`: parameters keep their value wherever they have one.
+    `true`: parameters that keep their value, because a number of the site is computed from them.
     `altered`: inputs are other ones than the example; 0 is the example.
     """
 
     graph: Graph
     keep_frozen: bool = False
-    true: bool = False
+    true: frozenset[fx.Node] = frozenset()
     seed: int = 0
     altered: int = 0
 
@@ -56,7 +56,7 @@ class Draw:
     def _parameter(self, node: fx.Node) -> Tensor:
         name = self.graph.parameters[node]
         value = self.graph.weights[name]
-        if not is_absent(value) and (self.true or self.is_kept(node)):
+        if not is_absent(value) and (node in self.true or self.is_kept(node)):
             return widen(value.detach())
         return torch.rand(shape_of(node), dtype=torch.float64, generator=_seeded(shape_of(node), self.seed)) + 0.5
 
@@ -93,8 +93,3 @@ def behind(graph: Graph, node: fx.Node, cut: Sequence[fx.Node]) -> list[fx.Node]
             leaves.append(top)
         stack.extend(by_value(top))
     return sorted(leaves, key=graph.order.__getitem__)
-
-
-def reader(values: Mapping[str, Tensor]):  # noqa: ANN201
-    """State-dict name -> tensor."""
-    return values.__getitem__

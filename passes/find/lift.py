@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from passes.canonicalise import shape_of
+from passes.canonicalise import is_absent
 from passes.find.anchor import Anchor, Scan
 from passes.find.core import core
 from passes.find.draw import Draw
-from passes.find.law import Asked, law, mask, mods, scale_of
+from passes.find.law import Asked, Law, law, mask, mods, scale_of
 from passes.find.leads import Leads, leads
 from passes.find.names import common, module_path, where
 from passes.find.operands import Triple, triple
 from passes.find.output import ahead, output
-from passes.find.region import Region, positions, region
-from passes.find.roots import NotLifted, transparent
+from passes.find.region import positions, region
+from passes.find.roots import NotLifted
 from passes.find.streams import same_tokens
 from passes.find.validate import Setting, validate
 from rewrite.site import Affine, Dense, Grouped, Operand, Proof, Site
@@ -35,7 +35,16 @@ class Place:
     out: str | None
 
 
-def lift(scan: Scan, anchor: Anchor, key: str) -> tuple[Site, Place]:
+@dataclass(frozen=True, eq=False)
+class Lifting:
+    """A proven site and where it stands; `true_weights`: a number of it was read from the weights at hand."""
+
+    site: Site
+    place: Place
+    true_weights: bool
+
+
+def lift(scan: Scan, anchor: Anchor, key: str) -> Lifting:
     """Lift and prove, with drawn parameters; where that fails, once more with frozen ones at their value."""
     try:
         return _lift(scan, anchor, Draw(scan.graph), key)
@@ -46,20 +55,18 @@ def lift(scan: Scan, anchor: Anchor, key: str) -> tuple[Site, Place]:
         return _lift(scan, anchor, frozen, key)
 
 
-def _lift(scan: Scan, anchor: Anchor, draw: Draw, key: str) -> tuple[Site, Place]:
+def _lift(scan: Scan, anchor: Anchor, draw: Draw, key: str) -> Lifting:
     with torch.no_grad():
         middle = core(scan, anchor, draw)
-        regions = [region(scan, letter, side, draw) for letter, side in zip("qkv", (middle.q, middle.k, middle.v))]
+        sides = zip("qkv", (middle.q, middle.k, middle.v), strict=True)
+        regions = [region(scan, letter, side) for letter, side in sides]
         at = leads(middle, *(positions(r, draw(r.leaves)) for r in regions))
         asked = Asked(middle, at)
-        leaves = middle.scores.leaves
-        found = law(asked, draw(leaves))
-        parts = triple(scan, regions, at, draw)
-        scale = _true_scale(scan, asked, draw, scale_of(found))
-        parts, factor = _merged(parts)
-        on_input = any(leaf in scan.graph.inputs for leaf in leaves)
+        draw, found = _law(asked, draw)
+        parts, factor = _merged(triple(scan, regions, at, draw))
+        on_input = any(leaf in scan.graph.inputs for leaf in middle.scores.leaves)
         predicate = mask(found, on_input)
-        _ordered(at, parts, predicate.is_all and not found.bias)
+        _ordered(at, parts, predicate.is_all and found.bias is None, anchor)
         tokens = at.q_at.shape[1]
         site = Site(
             name=common([*(module_path(r.node) for x in regions for r in x.roots), module_path(anchor.node)]),
@@ -70,16 +77,66 @@ def _lift(scan: Scan, anchor: Anchor, draw: Draw, key: str) -> tuple[Site, Place
             kv_of=parts.kv_of,
             form=Dense(parts.k.heads) if parts.k.heads == parts.q.heads else Grouped(parts.k.heads),
             mask=predicate,
-            scale=tuple(x * factor for x in scale),
-            mods=mods(scan.graph, asked, found, draw, on_input and _bias_changes(asked, draw)),
+            scale=tuple(float(f"{x * factor:.12g}") for x in scale_of(found)),
+            mods=mods(scan.graph, asked, found, draw, on_input and _bias_changes(asked, found, draw)),
             out=output(scan, middle, at, draw),
-            cross=not same_tokens(scan, regions[0].roots[0].source, regions[1].roots[0].source),
+            cross=not same_tokens(scan.graph, regions[0].roots[0].source, regions[1].roots[0].source),
             proof=Proof((), (tokens,), key),
             where=where(anchor.node),
         )
-        setting = Setting(scan.graph, middle, at, regions, draw)
-        errors = validate(setting, site, found)
-    way = ahead(scan, middle)
-    nodes = [tuple(r.node.name for r in x.roots for _ in r.parts) for x in regions]
-    place = Place(*nodes, core=middle.out.node.name, out=None if way is None else way.root.node.name)
-    return replace(site, proof=Proof(errors, (tokens,), key)), place
+        errors = validate(Setting(scan.graph, middle, at, regions, draw), site, found, factor)
+    way = ahead(scan, middle.out.node)
+    q, k, v = (tuple(r.node.name for r in x.roots for _ in r.parts) for x in regions)
+    place = Place(q, k, v, core=middle.out.node.name, out=None if way is None else way.root.node.name)
+    return Lifting(replace(site, proof=Proof(errors, (tokens,), key)), place, bool(draw.true))
+
+
+def _law(asked: Asked, draw: Draw) -> tuple[Draw, Law]:
+    """A scale that is computed from parameters needs their true values; everything else is drawn."""
+    leaves = asked.core.scores.leaves
+    found = law(asked, draw(leaves))
+    weights = [leaf for leaf in leaves if leaf in draw.graph.parameters]
+    if not weights:
+        return draw, found
+    other = law(asked, draw.change(1)(leaves))
+    if torch.allclose(found.scale, other.scale, 1e-9) and found.cap == other.cap:
+        return draw, found
+    absent = [draw.graph.parameters[w] for w in weights if is_absent(draw.graph.weights[draw.graph.parameters[w]])]
+    if absent:
+        raise NotLifted(f"the scale of the scores is computed from {', '.join(absent)}, whose values are not given")
+    draw = replace(draw, true=frozenset(weights))
+    return draw, law(asked, draw(leaves))
+
+
+def _merged(parts: Triple) -> tuple[Triple, float]:
+    """Gains of q and k that are one number become a factor of the scale, unless a norm or a vector stands by."""
+    q, by_q = _without_gain(parts.q)
+    k, by_k = _without_gain(parts.k)
+    return Triple(q, k, parts.v, parts.kv_of), by_q * by_k
+
+
+def _without_gain(o: Operand) -> tuple[Operand, float]:
+    values = o.gain.constant
+    uniform = o.gain.tensor is None and bool(np.allclose(values, values.flat[0], rtol=1e-9))
+    if o.norm is not None or o.shift is not None or not uniform or values.flat[0] == 0:
+        return o, 1.0
+    return replace(o, gain=Affine(np.ones(values.shape))), float(values.flat[0])
+
+
+def _bias_changes(asked: Asked, found: Law, draw: Draw) -> bool:
+    """The bias moves with the inputs, where both inputs leave it unmasked."""
+    for seed in (1, 2):
+        other = law(asked, draw.alter(seed)(asked.core.scores.leaves))
+        both = found.keep & other.keep
+        mine, its = (torch.zeros(()).double() if x.bias is None else x.bias for x in (found, other))
+        if bool((((mine - its).abs() > 1e-9) & both).any()):
+            return True
+    return False
+
+
+def _ordered(at: Leads, parts: Triple, plain: bool, anchor: Anchor) -> None:
+    """Mask and rope speak of the core's order, caches of the tokens': they must be one, or not matter."""
+    rising = all(bool((x[:, 1:] > x[:, :-1]).all()) for x in (at.q_at, at.k_at))
+    if rising or (plain and parts.q.rope is None and parts.k.rope is None):
+        return
+    raise NotLifted("tokens are reordered between projection and core, and the mask or the rope tells them apart", anchor.node)

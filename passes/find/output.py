@@ -27,9 +27,8 @@ class Ahead:
     path: tuple[fx.Node, ...]
 
 
-def ahead(scan: Scan, core: Core) -> Ahead | None:
-    """Breadth first to the next projection; None where another attention or nothing comes first."""
-    start = core.out.node
+def ahead(scan: Scan, start: fx.Node) -> Ahead | None:
+    """Breadth first from the core's result to the next projection; None where another attention or nothing comes first."""
     previous: dict[fx.Node, fx.Node] = {}
     queue = deque([start])
     while queue and len(previous) < FAR:
@@ -56,7 +55,7 @@ def _back(previous: dict[fx.Node, fx.Node], node: fx.Node, start: fx.Node) -> li
 
 def output(scan: Scan, core: Core, at: Leads, draw: Draw) -> Output | Refusal:
     """The exact map into the output projection, or the sentence why there is none."""
-    way = ahead(scan, core)
+    way = ahead(scan, core.out.node)
     if way is None:
         return Refusal("no projection follows the core")
     if len(way.root.parts) != 1:

@@ -12,7 +12,6 @@ from passes.canonicalise import by_value, op_name
 from passes.find.anchor import FUSED, SOFTMAX, Scan
 from passes.find.bits import spell
 from passes.find.core import Side
-from passes.find.draw import Draw
 from passes.find.execute import Piece
 from passes.find.roots import NotLifted, Projection
 
@@ -42,9 +41,9 @@ class Region:
         return self.side.node
 
 
-def region(scan: Scan, letter: str, side: Side, draw: Draw) -> Region:
+def region(scan: Scan, letter: str, side: Side) -> Region:
     """Walk back from an operand to the projections."""
-    roots, leaves = _walk(scan, letter, side.node, draw)
+    roots, leaves = _walk(scan, letter, side.node)
     if not roots:
         raise NotLifted(f"{letter} is a parameter, not a projection of anything", side.node)
     counts = {root.positions for root in roots}
@@ -58,7 +57,7 @@ def _list(counts: set[int]) -> str:
     return " and ".join(str(n) for n in sorted(counts))
 
 
-def _walk(scan: Scan, letter: str, start: fx.Node, draw: Draw) -> tuple[list[Projection], list[fx.Node]]:
+def _walk(scan: Scan, letter: str, start: fx.Node) -> tuple[list[Projection], list[fx.Node]]:
     roots: list[Projection] = []
     leaves: list[fx.Node] = []
     seen: set[fx.Node] = set()

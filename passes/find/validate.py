@@ -35,15 +35,16 @@ class Setting:
     draw: Draw
 
 
-def validate(setting: Setting, site: Site, found: Law) -> tuple[tuple[float, float], ...]:
-    """Errors at several input sizes, and under altered inputs; above the limit, a refusal."""
+def validate(setting: Setting, site: Site, found: Law, factor: float) -> tuple[tuple[float, float], ...]:
+    """Errors at several input sizes, and under altered inputs; above the limit, a refusal. `factor` is what the
+    scale took from the gains of q and k."""
     asked = Asked(setting.core, setting.at)
     errors = [(size, _error(setting, site, found, setting.draw, size)) for size in SIZES]
     leaves = setting.core.scores.leaves
     if any(leaf in setting.graph.inputs for leaf in leaves):
         for seed in (1, 2):
             other = setting.draw.alter(seed)
-            _holds(setting, site, asked, other)
+            _holds(setting, site, asked, other, factor)
     worst = max(error for _, error in errors)
     if not worst <= LIMIT:
         raise NotLifted(
@@ -53,22 +54,15 @@ def validate(setting: Setting, site: Site, found: Law) -> tuple[tuple[float, flo
     return tuple(errors)
 
 
-def _holds(setting: Setting, site: Site, asked: Asked, other: Draw) -> None:
+def _holds(setting: Setting, site: Site, asked: Asked, other: Draw, factor: float) -> None:
     """Under other inputs mask and bias are read again; scale and cap must not move."""
     found = law(asked, other(setting.core.scores.leaves))
     scale = torch.tensor(site.scale, dtype=torch.float64)
-    merged = torch.as_tensor(_merged(site, setting), dtype=torch.float64)
-    if not torch.allclose(found.scale * merged, scale.expand_as(found.scale), 1e-9, 1e-12):
+    if not torch.allclose(found.scale * factor, scale.expand_as(found.scale), 1e-9, 1e-12):
         raise NotLifted("the scale is computed from the input", setting.core.anchor.node)
     error = _error(setting, site, found, other, 1.0)
     if not error <= LIMIT:
         raise NotLifted(f"with other inputs the description is off by {error:.2g}", setting.core.anchor.node)
-
-
-def _merged(site: Site, setting: Setting) -> float:
-    """What was taken from the gains of q and k into the scale."""
-    base = law(Asked(setting.core, setting.at), setting.draw(setting.core.scores.leaves))
-    return float(site.scale[0] / base.scale[0])
 
 
 def _error(setting: Setting, site: Site, found: Law, draw: Draw, size: float) -> float:

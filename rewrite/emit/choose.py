@@ -17,7 +17,7 @@ from rewrite.emit.files import dress
 from rewrite.emit.observe import Log, observe, owner
 from rewrite.emit.stock import Changes, Field, config_with, fields, rebuilt, smaller
 from rewrite.emit.twin import as_before, in_float, put, table, twin
-from rewrite.emit.validate import differs, too_much_held
+from rewrite.emit.validate import differs, kernels, too_much_held
 from rewrite.emit.view import Recipe, recipes, small_tensors
 from rewrite.layout import Edits
 from rewrite.site import Output
@@ -142,10 +142,11 @@ def _choose_stock(work: Work) -> None:
 
 def _offer_recipes(work: Work) -> None:
     """For each site that is not stock the recipes that its structure allows."""
+    known = kernels(work.model)
     for name, (site, new) in work.changes.items():
         if name in work.stock or name in work.same:
             continue
-        work.recipes[name], reasons = recipes(work.model, site, new, work.logs[owner(site)])
+        work.recipes[name], reasons = recipes(work.model, site, new, work.logs[owner(site)], known)
         for form, reason in reasons.items():
             work.no(name, form, reason)
 
@@ -215,8 +216,10 @@ def _problem(work: Work, made: PreTrainedModel | str, names: Sequence[str]) -> s
     found = differs(work.expanded(names), made, work.inputs)
     if found is not None:
         return found
-    slots = {next(iter(log.slots)): name for name in names if len((log := work.logs[owner(work.changes[name][0])]).slots) == 1}
+    slots = {
+        next(iter(log.slots)): name
+        for name in names
+        if len((log := work.logs[owner(work.changes[name][0])]).slots) == 1
+    }
     expected = {slot: work.changes[name][1].site.k.heads for slot, name in slots.items()}
     return too_much_held(made, work.inputs, expected)
-
-

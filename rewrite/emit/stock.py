@@ -148,7 +148,9 @@ def _fits(changes: Changes, served: Sequence[str], follows: Shapes, field: str) 
                 return f"{tensor} does not follow {field}"
     others = sorted(set(follows) - explained)
     if others:
-        return f"{others[0]} follows {field} too ({len(others)} parameters that are no keys or values of a converted site)"
+        return (
+            f"{others[0]} follows {field} too ({len(others)} parameters that are no keys or values of a converted site)"
+        )
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers.utils import logging
 
 Inputs = Mapping[str, Any]
 LIMIT = 1e-5
@@ -20,13 +21,10 @@ STEPS = 4
 
 def differs(reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs) -> str | None:
     """The first mode in which `made` is not `reference`, as a sentence; None where they agree in all."""
-    first = reference.config._attn_implementation
     names = _common(reference, made)
     ran: set[str] = set()
-    for kernel in dict.fromkeys((first, "sdpa", "eager")):
-        with _kernel(reference, kernel) as known, _kernel(made, kernel) as also:
-            if not known:
-                continue
+    for kernel in kernels(reference):
+        with _kernel(reference, kernel), _kernel(made, kernel) as also:
             if not also:
                 return f"the {kernel} kernel cannot be chosen any more"
             modes: dict[str, Mode] = {"padded": _forward, "cached": _cached, "training": partial(_training, names)}
@@ -48,15 +46,29 @@ def _kernel(model: PreTrainedModel, kernel: str | None) -> Iterator[bool]:
     if kernel == before:
         yield True
         return
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # a model that cannot change its kernel says so at length
     try:
         model.set_attn_implementation(kernel)
     except (ValueError, ImportError):
         yield False
         return
+    finally:
+        logging.set_verbosity(loud)
     try:
         yield model.config._attn_implementation == kernel
     finally:
         model.set_attn_implementation(before)
+
+
+def kernels(model: PreTrainedModel) -> tuple[str, ...]:
+    """The attention kernels in which emissions are compared: the model's own, sdpa and eager where it takes them."""
+    names = dict.fromkeys((str(model.config._attn_implementation), "sdpa", "eager"))
+    taken: list[str] = []
+    for name in names:
+        with _kernel(model, name) as known:
+            taken += [name] if known else []
+    return tuple(taken)
 
 
 Mode = Callable[[PreTrainedModel, Inputs], list[tuple[Tensor, float]]]

@@ -1,7 +1,7 @@
 """Forms "grouped" and "view": the module runs its own forward, distinct heads are held once.
 
-    projections: fewer rows, repeated on the way out        cache: one head a group goes in
-    grouped: the attention kernel reads one head a group     view: it reads all heads
+projections: fewer rows, repeated on the way out        cache: one head a group goes in
+grouped: the attention kernel reads one head a group     view: it reads all heads
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from rewrite.site import IntArray, Site
 Recipe = dict[str, Any]
 
 
-def recipes(model: nn.Module, site: Site, new: Rewritten, log: Log) -> tuple[list[Recipe], dict[str, str]]:
+def recipes(
+    model: nn.Module, site: Site, new: Rewritten, log: Log, kernels: Sequence[str]
+) -> tuple[list[Recipe], dict[str, str]]:
     """(the site's recipes, those that save time first; form -> why it is not among them)."""
     why = "not called by the example" if not log.called else _one_place(log)
     made = projections(model, site, new) if why is None else why
@@ -41,7 +43,8 @@ def recipes(model: nn.Module, site: Site, new: Rewritten, log: Log) -> tuple[lis
         return [view], {"grouped": refusal}
     shared = {"form": "grouped", "group": site.heads // len(keep), "argument": list(log.argument), "pair": log.pair}
     # whether the model's own eager function shares heads is seen by running both
-    return [base | shared | {"whole": whole} for whole in ([], ["eager"])] + [view], {}
+    ways = [whole for whole in ([], ["eager"]) if set(kernels) - set(whole)]
+    return [base | shared | {"whole": whole} for whole in ways] + [view], {}
 
 
 def _one_place(log: Log) -> str | None:
@@ -127,7 +130,9 @@ def runs(index: IntArray) -> list[list[int]]:
     return [[int(part[0]), len(part)] for part in np.split(index, cuts)]
 
 
-def small_tensors(site: Site, new: Rewritten, full: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def small_tensors(
+    site: Site, new: Rewritten, full: Mapping[str, Tensor], tables: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The edited tensors as the recipe's projections hold them: without their repeats."""
     maps = repeated_rows(site, new.site.kv_of, tables.__getitem__)
     if isinstance(maps, str):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rewrite.heads import Heads, Rewritten, Weights
 from rewrite.layout import gather
-from rewrite.mask import Mask
+from rewrite.mask import window
 from rewrite.site import Affine, Grouped, Mod, Norm, Operand, Output, Proof, Root, Sink, Site
 
 
@@ -54,7 +54,7 @@ def site(model: nn.Module, path: str, q: str, k: str, v: str, o: str, heads: int
         heads=heads,
         kv_of=kv_of,
         form=Grouped(kv_heads),
-        mask=Mask.__new__(Mask),
+        mask=window(4),
         scale=(1.0,),
         mods=(),
         out=Output(out, np.arange(heads * dim).reshape(heads, dim)),
@@ -103,7 +103,9 @@ def keep(site: Site, kv_heads: int, weights: Weights, order: tuple[int, ...] | N
     return Rewritten(small, new, order)
 
 
-def changes(model: PreTrainedModel, sites: list[Site], kv_heads: int, **other: int) -> dict[str, tuple[Site, Rewritten]]:
+def changes(
+    model: PreTrainedModel, sites: list[Site], kv_heads: int, **other: int
+) -> dict[str, tuple[Site, Rewritten]]:
     """Every site rewritten to `kv_heads`; `other` gives the last part of a layer's number another count."""
     tensors = tensors_of(model)
     return {s.name: (s, keep(s, other.get(s.name, kv_heads), gather(s, tensors))) for s in sites}

@@ -6,6 +6,20 @@ from typing import Any
 
 from tests.zoo.library import SEQ2SEQ, T5, TEXT, entries
 
+PERCEIVER: dict[str, Any] = {
+    "num_latents": 6, "d_latents": 64, "d_model": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4,
+    "num_cross_attention_heads": 4, "qk_channels": 64, "v_channels": 64,
+}  # fmt: skip
+FUNNEL: dict[str, Any] = {
+    "vocab_size": 128, "block_sizes": [1, 1], "d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 128,
+    "num_decoder_layers": 1,
+}  # fmt: skip
+PROPHET: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "num_encoder_layers": 2, "num_decoder_layers": 2, "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
 BERTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("bert", "BertConfig", "BertModel", {}),
     ("roberta", "RobertaConfig", "RobertaModel", {}),
@@ -40,9 +54,8 @@ BERTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("data2vec-text", "Data2VecTextConfig", "Data2VecTextModel", {}),
     ("splinter", "SplinterConfig", "SplinterModel", {}),
     ("canine", "CanineConfig", "CanineModel", {"downsampling_rate": 2, "local_transformer_stride": 4}),
-    ("funnel", "FunnelConfig", "FunnelModel", {"block_sizes": [1, 1], "d_model": 64, "n_head": 4, "d_head": 16}),
     ("longformer", "LongformerConfig", "LongformerModel", {"attention_window": 4}),
-    ("perceiver", "PerceiverConfig", "PerceiverForMaskedLM", {"num_latents": 6, "d_latents": 64, "d_model": 64}),
+    ("perceiver", "PerceiverConfig", "PerceiverForMaskedLM", PERCEIVER),
     ("clip-text", "CLIPTextConfig", "CLIPTextModel", {}),
     ("siglip-text", "SiglipTextConfig", "SiglipTextModel", {}),
 ]
@@ -61,7 +74,6 @@ PAIRS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("led", "LEDConfig", "LEDForConditionalGeneration", {"attention_window": 4, "max_encoder_position_embeddings": 64}),
     ("bigbird_pegasus", "BigBirdPegasusConfig", "BigBirdPegasusForConditionalGeneration", {"attention_type": "original_full"}),
     ("fsmt", "FSMTConfig", "FSMTForConditionalGeneration", {"src_vocab_size": 128, "tgt_vocab_size": 128, "langs": ["a", "b"]}),
-    ("prophetnet", "ProphetNetConfig", "ProphetNetForConditionalGeneration", {"hidden_size": 64, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}),
     ("mvp", "MvpConfig", "MvpForConditionalGeneration", {}),
 ]
 
@@ -75,5 +87,24 @@ TS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("t5-encoder", "T5Config", "T5EncoderModel", {}),
 ]
 
-ENCODERS = entries("encoder", TEXT, BERTS, {})
-SEQ2SEQS = [*entries("seq2seq", SEQ2SEQ, PAIRS, {}), *entries("seq2seq", T5, TS, {})]
+EAGER = (
+    "mpnet", "deberta", "deberta-v2", "squeezebert", "convbert", "flaubert", "fnet", "ibert", "markuplm",
+    "megatron-bert", "mra", "nystromformer", "rembert", "roformer", "splinter", "canine", "longformer",
+    "perceiver", "pegasus_x", "nllb-moe", "led", "bigbird_pegasus", "fsmt", "mvp", "longt5", "switch_transformers",
+    "funnel", "prophetnet",
+)  # fmt: skip
+"""Types that have no sdpa."""
+
+ONLY = dict.fromkeys(EAGER, "eager")
+
+ENCODERS = [
+    *entries("encoder", TEXT, BERTS, ONLY),
+    *entries("encoder", FUNNEL, [("funnel", "FunnelConfig", "FunnelModel", {})], ONLY),
+]
+SEQ2SEQS = [
+    *entries("seq2seq", SEQ2SEQ, PAIRS, ONLY),
+    *entries("seq2seq", T5, TS, ONLY),
+    *entries(
+        "seq2seq", PROPHET, [("prophetnet", "ProphetNetConfig", "ProphetNetForConditionalGeneration", {})], ONLY
+    ),
+]

@@ -6,7 +6,13 @@ from typing import Any
 
 from tests.zoo.library import IMAGE, SPEECH, entries
 
-STAGES: dict[str, Any] = {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4, "patch_size": 4}
+STAGES: dict[str, Any] = {
+    "image_size": 32, "patch_size": 4, "depths": [2, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4,
+}  # fmt: skip
+LEVIT: dict[str, Any] = {
+    "image_size": 64, "hidden_sizes": [32, 64, 96], "num_attention_heads": [2, 4, 6], "depths": [1, 1, 1],
+    "key_dim": [16, 16, 16],
+}  # fmt: skip
 
 EYES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("vit", "ViTConfig", "ViTModel", {}),
@@ -26,14 +32,11 @@ EYES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("vivit", "VivitConfig", "VivitModel", {"num_frames": 4, "tubelet_size": [2, 8, 8]}),
     ("timesformer", "TimesformerConfig", "TimesformerModel", {"num_frames": 4}),
     ("sam-vision", "SamVisionConfig", "SamVisionModel", {"global_attn_indexes": [1], "window_size": 2, "output_channels": 16}),
-    ("swin", "SwinConfig", "SwinModel", STAGES),
-    ("swinv2", "Swinv2Config", "Swinv2Model", STAGES),
     ("hiera", "HieraConfig", "HieraModel", {"image_size": [32, 32], "embed_dim": 32, "depths": [1, 1], "num_heads": [1, 2], "query_stride": [2, 2], "num_query_pool": 1, "patch_stride": [4, 4], "patch_size": [7, 7], "masked_unit_size": [4, 4]}),
     ("segformer", "SegformerConfig", "SegformerModel", {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [32, 64], "num_attention_heads": [2, 4], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}),
     ("pvt", "PvtConfig", "PvtModel", {"num_encoder_blocks": 2, "depths": [1, 1], "sequence_reduction_ratios": [2, 1], "hidden_sizes": [32, 64], "num_attention_heads": [2, 4], "patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [2, 2]}),
     ("mobilevit", "MobileViTConfig", "MobileViTModel", {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 16, 24, 32, 40, 64], "image_size": 64}),
     ("dpt", "DPTConfig", "DPTModel", {}),
-    ("levit", "LevitConfig", "LevitModel", {"image_size": 64, "hidden_sizes": [32, 64, 96], "num_attention_heads": [2, 4, 6], "depths": [1, 1, 1]}),
     ("resnet", "ResNetConfig", "ResNetModel", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}),
 ]
 
@@ -76,7 +79,6 @@ BOTH: list[tuple[str, str, str, dict[str, Any]]] = [
     ("siglip", "SiglipConfig", "SiglipModel", TWO),
     ("altclip", "AltCLIPConfig", "AltCLIPModel", TWO),
     ("chinese_clip", "ChineseCLIPConfig", "ChineseCLIPModel", TWO),
-    ("xclip", "XCLIPConfig", "XCLIPModel", {"text_config": WORDS, "vision_config": {**EYE, "num_frames": 2, "mit_num_hidden_layers": 1, "mit_hidden_size": 64, "mit_intermediate_size": 64, "mit_num_attention_heads": 4}}),
     ("blip", "BlipConfig", "BlipForConditionalGeneration", {**TWO, "text_config": {**WORDS, "encoder_hidden_size": 64}}),
     ("git", "GitConfig", "GitForCausalLM", {**WORDS, "vision_config": EYE}),
     ("vilt", "ViltConfig", "ViltModel", {**WORDS, **EYE}),
@@ -86,6 +88,20 @@ BOTH: list[tuple[str, str, str, dict[str, Any]]] = [
     ("visual_bert", "VisualBertConfig", "VisualBertModel", {**WORDS, "visual_embedding_dim": 20}),
 ]
 
-VISION = entries("vision", IMAGE, EYES, {})
-AUDIO = [*entries("audio", SPEECH, EARS, {}), *entries("audio", WHISPER, SCRIBES, {})]
-MULTIMODAL = entries("multimodal", {}, BOTH, {})
+EAGER = (
+    "timesformer", "swinv2", "hiera", "pvt", "mobilevit", "levit", "resnet", "wavlm", "speech_to_text", "blip",
+    "git", "vilt", "bridgetower", "lxmert", "flava", "visual_bert",
+)  # fmt: skip
+"""Types that have no sdpa."""
+
+ONLY = dict.fromkeys(EAGER, "eager")
+
+WINDOWS: list[tuple[str, str, str, dict[str, Any]]] = [("swin", "SwinConfig", "SwinModel", {}), ("swinv2", "Swinv2Config", "Swinv2Model", {})]
+
+VISION = [
+    *entries("vision", IMAGE, EYES, ONLY),
+    *entries("vision", STAGES, WINDOWS, ONLY),
+    *entries("vision", LEVIT, [("levit", "LevitConfig", "LevitModel", {})], ONLY),
+]
+AUDIO = [*entries("audio", SPEECH, EARS, ONLY), *entries("audio", WHISPER, SCRIBES, ONLY)]
+MULTIMODAL = entries("multimodal", {}, BOTH, ONLY)
