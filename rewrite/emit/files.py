@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from rewrite.emit import runtime
+from rewrite.emit.stock import built
 
 CLASS = '''
 
@@ -27,26 +30,33 @@ class Reattn{name}({name}):
 '''
 
 
-def text_for(model: PreTrainedModel) -> str:
+def text_for(classes: Sequence[tuple[type[PreTrainedModel], str]]) -> str:
     """The file's text: it imports torch, transformers and what the model's own class was imported from."""
-    assert runtime.__file__ is not None
-    classes = _classes(model)
     imports = "\n".join(sorted({_import(kind) for kind, _ in classes}))
-    body = Path(runtime.__file__).read_text(encoding="utf-8")
+    body = inspect.getsource(runtime)
     marker = "from transformers import Cache"
     head, tail = body.split(marker, 1)
     text = head + marker + tail.replace("\n", f"\n{imports}\n", 1)
     return text + "".join(CLASS.format(name=kind.__name__, prefix=prefix) for kind, prefix in classes)
 
 
-def _classes(model: PreTrainedModel) -> list[tuple[type[PreTrainedModel], str]]:
+def _classes(model: PreTrainedModel, recipe: dict[str, Any]) -> list[tuple[type[PreTrainedModel], str]]:
     """The model's class, and its base model's with the prefix that the recipe's paths have in the full model."""
     found: list[tuple[type[PreTrainedModel], str]] = [(type(model), "")]
     base: Any = model.base_model
     if base is not model and isinstance(base, PreTrainedModel):
         path = next(n for n, m in model.named_modules() if m is base)
-        found.append((type(base), f"{path}."))
+        return [*found, (type(base), f"{path}.")]
+    kind = modeling_auto.MODEL_MAPPING.get(type(model.config), None)
+    if isinstance(kind, type) and kind is not type(model) and _has_all(kind, model, recipe):
+        found.append((kind, ""))
     return found
+
+
+def _has_all(kind: type[PreTrainedModel], model: PreTrainedModel, recipe: dict[str, Any]) -> bool:
+    """Whether another class of the same config has all modules of the recipe."""
+    names = dict(built(kind, model.config).named_modules())
+    return all(p["module"] in names for site in recipe["sites"] for p in site["projections"])
 
 
 def _import(kind: type) -> str:
@@ -56,7 +66,8 @@ def _import(kind: type) -> str:
 
 def loaded(text: str) -> ModuleType:
     """The text as a module of this process, from a file: `save_pretrained` copies that file into the folder."""
-    name = f"reattn_{hashlib.sha256(text.encode()).hexdigest()[:12]}.modeling_reattn"
+    package = f"reattn_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    name = f"{package}.modeling_reattn"
     if name in sys.modules:
         return sys.modules[name]
     path = Path(tempfile.mkdtemp(prefix="reattn-")) / "modeling_reattn.py"
@@ -64,6 +75,10 @@ def loaded(text: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be imported")
+    # copies and pickles of a model name its module, and ask for the package before it
+    parent = ModuleType(package)
+    parent.__path__ = [str(path.parent)]
+    sys.modules[package] = parent
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -85,9 +100,10 @@ def auto_classes(kind: type[PreTrainedModel], config: Any) -> list[str]:
 
 def dress(model: PreTrainedModel, recipe: dict[str, Any]) -> None:
     """Make a model of a stock class one of the generated class, with the recipe in its config and installed."""
-    module = loaded(text_for(model))
+    classes = _classes(model, recipe)
+    module = loaded(text_for(classes))
     auto_map: dict[str, str] = {}
-    for kind, prefix in reversed(_classes(model)):
+    for kind, prefix in reversed(classes):
         made = getattr(module, f"Reattn{kind.__name__}")
         names = auto_classes(kind, model.config) or (["AutoModel"] if prefix else [])
         auto_map |= dict.fromkeys(names, f"modeling_reattn.{made.__name__}")

@@ -113,7 +113,7 @@ def _compare(expected: list[tuple[Tensor, float]], found: list[tuple[Tensor, flo
 def relative(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value of `a`; nan against nan is no difference."""
     same = torch.isnan(a) & torch.isnan(b)
-    a, b = a.masked_fill(same, 0.0).double(), b.masked_fill(same, 0.0).double()
+    a, b = a.detach().masked_fill(same, 0.0).double(), b.detach().masked_fill(same, 0.0).double()
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
 
 
