@@ -19,7 +19,7 @@ test: lint
 lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench-quality: .venv
 	$(BIN)/python -m bench.quality

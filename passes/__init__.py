@@ -20,9 +20,15 @@ PIPELINE = ("capture", "canonicalise", "find", "plan", "calibrate", "convert", "
 class Stats(Protocol):
     """What calibration offers a target about one site; moments are streamed sums in float64, position by position."""
 
-    tokens: int
-    moments: Mapping[str, Tensor]
-    """The statistics that the target declares in `needs` (passes/moments.py names them)."""
+    @property
+    def tokens(self) -> int:
+        """How many tokens were seen."""
+        ...
+
+    @property
+    def moments(self) -> Mapping[str, Tensor]:
+        """The statistics that the target declares in `needs` (passes/moments.py names them)."""
+        ...
 
     def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, on the converted model's own activations: the heads' outputs z (tokens, heads, dim) of the

@@ -20,9 +20,12 @@ from passes import Weights
 from passes.moments import NEEDS, SiteBatch
 from passes.region import Env, Machine, Slice, entering, projected, run_slice
 from rewrite.errors import BadUsage
-from rewrite.layout import expanded
+from rewrite.layout import expanded, gather
+from rewrite.site import Site
 
 Batch = Mapping[str, Tensor]
+KEPT_NUMBERS = 1 << 27
+"""Outputs of one site (tokens x width) that are held for its trials: half a gigabyte in float32."""
 
 
 class Stream:
@@ -106,15 +109,22 @@ class SiteStats:
     tensors: Callable[[str], Tensor]
     tokens: int
     moments: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
     def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch: heads' outputs (tokens, heads, dim) with `weights`, original output (tokens, outputs)."""
         new = expanded(self.part.site, weights, kv_of, self.tensors)
-        original = _out_map(self.part.site, self.tensors)
-        for env, keep in zip(self.stream.envs, self.stream.keep, strict=True):
-            z = self._enter(env, new)
-            y = original(self._enter(env, {}))
-            yield _counted(z, keep), _counted(y, keep)
+        for at, (env, keep) in enumerate(zip(self.stream.envs, self.stream.keep, strict=True)):
+            yield _counted(self._enter(env, new), keep), _counted(self._original(at, env), keep)
+
+    def _original(self, at: int, env: Env) -> Tensor:
+        """Trials come by the dozen, so what the original gives is kept where it is small."""
+        if at in self.kept:
+            return self.kept[at].double()
+        y = _out_map(self.part.site, self.tensors)(self._enter(env, {}))
+        if y.numel() * len(self.stream.envs) <= KEPT_NUMBERS:
+            self.kept[at] = y.float()
+        return y
 
     def _enter(self, env: Env, new: Mapping[str, Tensor]) -> Tensor:
         local = run_slice(self.stream.machine, self.part, env, new, self.part.entry)
@@ -125,10 +135,8 @@ def _counted(rows: Tensor, keep: Tensor | None) -> Tensor:
     return rows[keep.reshape(-1)] if keep is not None and keep.numel() == len(rows) else rows
 
 
-def _out_map(site: object, tensors: Callable[[str], Tensor]) -> Callable[[Tensor], Tensor]:
-    from rewrite.layout import gather
-
-    weights = gather(site, tensors)  # type: ignore[arg-type]
+def _out_map(site: Site, tensors: Callable[[str], Tensor]) -> Callable[[Tensor], Tensor]:
+    weights = gather(site, tensors)
 
     def apply(z: Tensor) -> Tensor:
         y = torch.einsum("nhd,ohd->no", z, weights.out)

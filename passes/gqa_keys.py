@@ -242,11 +242,6 @@ def _solve_down(group: _Group, up: list[Tensor]) -> Tensor:
     coefficient = white @ along
     y = torch.linalg.solve(_ridged(p1), white - torch.outer(coefficient, along.conj()))
     y = y + torch.outer(torch.linalg.solve(_ridged(p1 - size * p2, p1), coefficient), along.conj())
-    return torch.linalg.solve_triangular(root.conj().T, y.conj().T, upper=True).conj().T if False else _right(y, root)
-
-
-def _right(y: Tensor, root: Tensor) -> Tensor:
-    """y L⁻¹."""
     return torch.linalg.solve_triangular(root.conj().T, y.conj().T, upper=True).conj().T
 
 
@@ -279,3 +274,14 @@ def _gauged(facts: Facts, merge: KeyMerge) -> KeyMerge:
         scale[part] = (wanted / now) ** 0.5 if now > 1e-200 and wanted > 1e-200 else 1.0
     up = {head: a / scale[:, None] for head, a in merge.up.items()}
     return KeyMerge(merge.members, merge.down * scale[:, None], up, merge.loss)
+
+
+def key_energy(facts: Facts) -> float:
+    """What `closed_loss` would be if all keys were lost."""
+    total = 0.0
+    for i in range(facts.site.k.heads):
+        if (pairs := _pairs(facts)) is not None:
+            total += float(_pair_gram(facts, (i,), pairs)[0].real.sum())
+        if len(plain := _plain(facts)):
+            total += float(_plain_gram(facts, (i,), facts.k.of((i,)).centred, plain)[0].diagonal().sum())
+    return total

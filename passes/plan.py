@@ -15,8 +15,9 @@ from rewrite.program import Program
 from rewrite.record import to_json
 from rewrite.report import Pair, SiteRow
 from rewrite.runtimes import runtimes
-from rewrite.site import Refusal, Site
+from rewrite.site import Refusal, Sink, Site
 from rewrite.table import change, columns, fold, memory, number, size
+from rewrite.text import mod_text, norm_text, rope_text
 
 if TYPE_CHECKING:
     from passes.find import Found
@@ -43,7 +44,6 @@ class Plan:
     context: int
     memory_needed: int
     here: Machine
-    frozen: str | None
 
     @property
     def converted(self) -> int:
@@ -88,7 +88,7 @@ class Plan:
                 "version": 1, "model": self.source, "target": self.target, "sites": self.rows,
                 "refused": [{"name": n, **_refusal(self.why[n])} for n, _ in self.refused],
                 "converted": self.converted, "weights": self.weights, "context": self.context, "cache": self.cache,
-                "memory_needed": self.memory_needed, "runs_in": self.runs_in, "frozen": self.frozen,
+                "memory_needed": self.memory_needed, "runs_in": self.runs_in,
             }
         )  # fmt: skip
 
@@ -108,22 +108,10 @@ class Plan:
     def _table(self) -> str:
         head = ["site", "now", "after", "cache/token", "parameters", ""]
         rows = [head if self.target else [*head[:2], "", *head[3:]]]
-        alike = [
-            (
-                r.converted,
-                r.before,
-                r.after,
-                r.cache_before,
-                r.cache_after,
-                r.parameters_before,
-                r.parameters_after,
-                r.form,
-                r.note,
-            )
-            for r in self.rows
-        ]
+        alike = [(replace(r, name=""), details(site)) for r, site in zip(self.rows, self.sites, strict=True)]
         for name, at in fold([r.name for r in self.rows], alike):
-            rows.append([name, *_cells(self.rows[at], self.source.each, bool(self.target))])
+            cells = _cells(self.rows[at], self.source.each, bool(self.target))
+            rows.append([name, *cells] if self.target else [name, *cells, details(self.sites[at])])
         reasons = [(str(self.why[n]), self.why[n].where, self.why[n].nearest) for n, _ in self.refused]
         for name, at in fold([n for n, _ in self.refused], reasons):
             rows.append([name, "not recognised", "", "", "", reasons[at][0]])
@@ -141,8 +129,6 @@ class Plan:
         lines.append("quality  lossy; `convert` measures it")
         for i, line in enumerate(self.runs_in):
             lines.append(("runs in  " if i == 0 else "         ") + line)
-        if self.frozen:
-            lines.append(f"fixed    {self.frozen}")
         lines += [self._needs(), f"{self.converted} of {len(self.rows) + len(self.refused)} converted."]
         if self.converted:
             to = " ".join(f"--to {t}" for t in self.target)
@@ -205,7 +191,6 @@ def make_plan(
         context=context,
         memory_needed=_memory(source, found.sites),
         here=this_machine(Path.cwd()),
-        frozen=program.frozen,
     )
 
 
@@ -252,6 +237,16 @@ def _memory(source: Source, sites: tuple[Site, ...]) -> int:
     """The model, its copy, and float64 statistics of the largest site: a few matrices of its input and head widths."""
     widest = max((s.q.roots[0].columns + s.heads * (s.q.dim + s.v.dim) for s in sites), default=0)
     return BASE_MEMORY + 2 * source.bytes + 8 * 3 * widest**2
+
+
+def details(site: Site) -> str:
+    """What else a site does, without names of tensors, so that layers read alike: mask=causal  rope=half(1e4)."""
+    parts = [f"mask={site.mask}"]
+    for letter, o in (("q", site.q), ("k", site.k)):
+        parts += [f"{letter}_rope={rope_text(o.rope, o.dim)}"] if o.rope is not None else []
+        parts += [f"{letter}_norm={norm_text(o.norm)}"] if o.norm is not None else []
+    parts += ["sinks" if isinstance(mod, Sink) else mod_text(mod) for mod in site.mods]
+    return "  ".join([*parts, *(["cross"] if site.cross else [])])
 
 
 def _cells(row: SiteRow, each: int, wanted: bool) -> list[str]:

@@ -72,11 +72,7 @@ def describe(model: Any, module: Any) -> Source:
         bytes=held.bytes if held else sum(weight.values()),
         each=main.itemsize if main is not None else 4,
         kind=str(main).removeprefix("torch.") if main is not None else "float32",
-        held=f"in {count(len(held.headers), 'shard')}"
-        if held
-        else "in memory"
-        if folder is None
-        else "(no weights here)",
+        held=_held(folder, held),
         generates=bool(generates()) if callable(generates) else False,
     )
 

@@ -36,7 +36,7 @@ def batches(given: Any, example: Mapping[str, Any], windows: Windows, tokenizer:
     `example` are the model's example inputs by name: every one called `...input_ids` gets the tokens, every
     `...attention_mask` gets ones, and anything else cannot be made of text.
     """
-    items = [given] if isinstance(given, (str, Path, Tensor, Mapping)) else list(_iterate(given))
+    items: list[Any] = [given] if isinstance(given, (str, Path, Tensor, Mapping)) else list(_iterate(given))
     if not items:
         raise BadUsage("calibration", "the calibration is empty", "give at least one text")
     if all(isinstance(i, Mapping) for i in items):

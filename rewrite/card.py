@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rewrite.report import Report, SiteRow, site_table
@@ -158,7 +159,7 @@ def page(report: Report) -> str:
 
 def _html_rows(sites: Sequence[SiteRow]) -> list[str]:
     top = max((s.error or 0.0 for s in sites), default=0.0) or 1.0
-    alike = [(s.converted, s.before, s.after, s.cache_before, s.cache_after, s.note, s.error) for s in sites]
+    alike = [replace(s, name="") for s in sites]
     rows: list[str] = []
     for name, at in fold([s.name for s in sites], alike):
         s = sites[at]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rewrite.record import from_json, to_json
 from rewrite.table import change, columns, fold, memory, size
@@ -234,15 +234,11 @@ class Report:
 def site_table(sites: Sequence[SiteRow]) -> str:
     """The rows as a table, equal neighbours folded."""
     rows = [["site", "now", "after", "numbers/token", "error", ""]]
-    alike = [(s.converted, s.before, s.after, s.cache_before, s.cache_after, s.note, _range_error(s)) for s in sites]
+    # sites with errors of their own are shown one by one
+    alike = [replace(s, name="" if s.error is None else s.name) for s in sites]
     for name, at in fold([s.name for s in sites], alike):
         s = sites[at]
         cache = f"{s.cache_before} → {s.cache_after}" if s.converted else str(s.cache_before)
         after = s.after if s.converted else "unchanged"
         rows.append([name, s.before, after, cache, "" if s.error is None else f"{s.error:.2g}", s.note])
     return columns(rows)
-
-
-def _range_error(row: SiteRow) -> str:
-    # sites with errors of their own are shown one by one
-    return "" if row.error is None else row.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,30 @@ from rewrite.checkpoint import locate, require_checkpoint
 from rewrite.errors import Refused
 
 
-def build(path: str | Path, *, weights: bool = False) -> nn.Module:
+def build(path: str | Path, *, weights: bool = False, trust_remote_code: bool = False) -> nn.Module:
     """The model that a folder (or a config.json alone) describes, in eval mode.
 
     Without `weights` no parameter is allocated: they lie on meta, buffers are real (rope tables are computed by the
-    model's own code and must be true). No code from the folder is run.
+    model's own code and must be true). No code from the folder is run, unless it is trusted: then the modelling file
+    that lies in it, with its weights.
     """
-    place = locate(Path(path)) / "config.json"
+    place = locate(Path(path))
+    own = _own_class(place) if trust_remote_code else None
+    if own is not None:
+        return _loaded(own, place.parent, trust_remote_code=True).eval()
     config = _config(place)
     kind = _class(config, place)
     model = _loaded(kind, place.parent) if weights else _empty(kind, config)
     return model.eval()
+
+
+def _own_class(place: Path) -> Any:
+    """The Auto class that runs the modelling file beside a config; None where there is no such file."""
+    import transformers
+
+    known: dict[str, str] = json.loads(place.read_text(encoding="utf-8")).get("auto_map") or {}
+    names = sorted(name for name in known if name.startswith("AutoModel"))
+    return getattr(transformers, names[-1]) if names else None
 
 
 def _config(place: Path) -> Any:
@@ -76,10 +90,15 @@ def _empty(kind: Any, config: Any) -> nn.Module:
     return model
 
 
-def _loaded(kind: Any, folder: Path) -> nn.Module:
+def _loaded(kind: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     require_checkpoint(folder)
     loaded: tuple[nn.Module, dict[str, Any]] = kind.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, dtype="auto", output_loading_info=True
+        folder,
+        use_safetensors=True,
+        local_files_only=True,
+        dtype="auto",
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
     )
     model, info = loaded
     wrong = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in info[key])

@@ -106,7 +106,7 @@ def text(scan: Scan, anchor: Anchor) -> Text:
     if way is not None:
         for node in (*way.path, way.root.node):
             out.beside.update(x for x in by_value(node) if x not in out.numbers and x not in way.path)
-        out.beside.difference_update(p for p in scan.graph.parameters)
+        out.beside = {x for x in out.beside if scan.graph.on_inputs(x)}
         for node in way.path:
             out.name(node)
         out.name(way.root.node)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from passes.canonicalise import Graph, shape_of
+from passes.canonicalise import Graph
 from passes.find.bits import spell
 from passes.find.decode import Turn
 from passes.find.draw import Draw
@@ -49,9 +49,10 @@ class Weighed:
         mean = weight @ x.T if self.matrix.kind == "layer" else torch.zeros(len(weight), len(x), dtype=u.dtype)
         return mine - mean[..., None], weight @ x.T.square() - mean.square()
 
-    def normed(self, u: Tensor) -> Tensor:
+    @cached_property
+    def normed(self) -> Tensor:
         """n(u) (h, t, d), at a size where the eps vanishes."""
-        top, square = self.centred(u)
+        top, square = self.centred(self.u)
         return top / square.sqrt()[..., None]
 
     def halves(self, weights: Sequence[Tensor], size: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,7 @@ class Weighed:
     def gain(self, weights: Sequence[Tensor]) -> Tensor:
         """(h, d): the gain before, or after, the rotation."""
         odd, _ = self.halves(weights)
-        x = self.normed(self.u)
+        x = self.normed
         if self.gain_is_after:
             x = self.turn.turn(self.turn.gain[:, None] * x)
         else:
@@ -99,7 +100,7 @@ def affine(graph: Graph, what: str, values: Values, leaves: Sequence[fx.Node], d
     base = values(weights)
     found: tuple[str, Tensor, Tensor] | None = None
     for i, leaf in enumerate(leaves):
-        linked = _linked(what, values, weights, i, draw.change(1).one(leaf))
+        linked = _linked(what, values, weights, i)
         if linked is None:
             continue
         if found is not None:
@@ -115,10 +116,11 @@ def affine(graph: Graph, what: str, values: Values, leaves: Sequence[fx.Node], d
 
 
 def _linked(
-    what: str, values: Values, weights: Sequence[Tensor], i: int, other: Tensor
+    what: str, values: Values, weights: Sequence[Tensor], i: int
 ) -> tuple[Tensor, Tensor] | None:
     """Index and factor of each value in parameter i, or None where it moves nothing."""
     mine = weights[i]
+    other = mine + 1.0
 
     def run(choice: Tensor) -> Tensor:
         mixed = torch.where(choice.reshape(mine.shape), other, mine)
@@ -130,8 +132,7 @@ def _linked(
     if spelled.mixed.any():
         raise NotLifted(f"a {what} is made of several elements of one parameter")
     index = spelled.item.clamp(min=0)
-    step = run(torch.ones(mine.numel(), dtype=torch.bool)) - values(weights)
-    factor = step / (other.reshape(-1)[index] - mine.reshape(-1)[index])
+    factor = run(torch.ones(mine.numel(), dtype=torch.bool)) - values(weights)
     return index, torch.where(spelled.item < 0, 0.0, factor)
 
 
@@ -154,11 +155,8 @@ def _check(
 
 
 def _tidy(x: FloatArray) -> FloatArray:
-    """Without the noise of probing: 0.9999999999997 is 1."""
-    rounded = np.round(x, 6)
-    return np.where(np.abs(x - rounded) <= 1e-9 * np.maximum(1.0, np.abs(x)), rounded, x)
-
-
-def size(leaves: Sequence[fx.Node]) -> int:
-    """Parameter elements that act between projection and core."""
-    return sum(prod(shape_of(leaf)) for leaf in leaves)
+    """Without the noise of probing: 0.9999999999997 is 1, and so is the length of a float32 sine and cosine."""
+    for step, noise in ((1e6, 1e-9), (64.0, 2e-7)):
+        rounded = np.round(x * step) / step
+        x = np.where(np.abs(x - rounded) <= noise * np.maximum(1.0, np.abs(x)), rounded, x)
+    return x + 0.0  # no negative zero

@@ -78,7 +78,7 @@ def emit(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]) ->
     forms = dict.fromkeys([*work.same, *work.stock], "stock") | {n: str(r["form"]) for n, r in chosen.items()}
     made = _build(work, list(work.stock), chosen, ship=True)
     problem = _problem(work, made, [*work.stock, *chosen]) if forms else None
-    if problem is not None:
+    if problem is not None or isinstance(made, str):
         raise RuntimeError(f"what was proven before it was written out is wrong after: {problem}")
     as_before(made, model)
     # two ways of one form may be tried: what the first could not do is no news where the second can

@@ -47,8 +47,13 @@ def _classes(model: PreTrainedModel, recipe: dict[str, Any]) -> list[tuple[type[
     if base is not model and isinstance(base, PreTrainedModel):
         path = next(n for n, m in model.named_modules() if m is base)
         return [*found, (type(base), f"{path}.")]
-    kind = modeling_auto.MODEL_MAPPING.get(type(model.config), None)
-    if isinstance(kind, type) and kind is not type(model) and _has_all(kind, model, recipe):
+    kind: Any = modeling_auto.MODEL_MAPPING.get(type(model.config), None)
+    if (
+        isinstance(kind, type)
+        and issubclass(kind, PreTrainedModel)
+        and kind is not type(model)
+        and _has_all(kind, model, recipe)
+    ):
         found.append((kind, ""))
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from rewrite.emit.runtime import CacheView, EncoderDecoderView
+from rewrite.emit.validate import greedy
 from rewrite.site import Site
 
 
@@ -64,6 +65,7 @@ class Witness(CacheView):
 
     @property
     def layers(self) -> list[Any]:
+        """The cache's own."""
         return self.inner.layers
 
     def update(
@@ -103,7 +105,7 @@ def _place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @contextmanager
-def _watching(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Log]]:
+def _watching(model: nn.Module, paths: Sequence[str]) -> Generator[dict[str, Log]]:
     logs = {path: Log() for path in dict.fromkeys(paths)}
     handles: list[Any] = []
 
@@ -125,10 +127,17 @@ def _watching(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Log]
 
 
 def observe(model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, Any]) -> dict[str, Log]:
-    """Owner path -> what happened in one forward with a cache (without where the model takes none)."""
-    with torch.no_grad(), _watching(model, [owner(s) for s in sites]) as logs:
-        try:
-            model(**inputs, use_cache=True)
-        except TypeError:
+    """Owner path -> what happened while two tokens were generated (in one forward where the model generates none)."""
+    paths = [owner(s) for s in sites]
+    with torch.no_grad(), _watching(model, paths) as logs:
+        if model.can_generate():
+            try:
+                greedy(model, inputs, 2)
+                return logs
+            # a model that cannot generate from these inputs is watched in a forward, as one that never generates
+            except Exception:
+                logs = None
+    if logs is None or not model.can_generate():
+        with torch.no_grad(), _watching(model, paths) as logs:
             model(**inputs)
     return logs

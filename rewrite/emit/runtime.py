@@ -38,31 +38,39 @@ class LayerView:
 
     @property
     def keys(self) -> Tensor | None:
+        """Keys of all heads."""
         return self.inner.keys if not self.inner.is_initialized else pick(self.inner.keys, self.of)
 
     @property
     def values(self) -> Tensor | None:
+        """Values of all heads."""
         return self.inner.values if not self.inner.is_initialized else pick(self.inner.values, self.of)
 
     @property
     def is_initialized(self) -> bool:
+        """As the cache has it."""
         return self.inner.is_initialized
 
     @property
     def is_sliding(self) -> bool:
+        """As the cache has it."""
         return self.inner.is_sliding
 
     @property
     def is_compileable(self) -> bool:
+        """As the cache has it."""
         return self.inner.is_compileable
 
     def get_seq_length(self) -> int:
+        """As the cache has it."""
         return self.inner.get_seq_length()
 
     def get_max_length(self) -> int:
+        """As the cache has it."""
         return self.inner.get_max_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the cache has it."""
         return self.inner.get_mask_sizes(query_length)
 
 
@@ -82,14 +90,17 @@ class CacheView(Cache):
 
     @property
     def layers(self) -> list[LayerView]:
+        """The layers, each as a view."""
         return [LayerView(layer, self.of) for layer in self.inner.layers]
 
     @property
     def layer_class_to_replicate(self) -> Any:
+        """As the cache has it."""
         return self.inner.layer_class_to_replicate
 
     @property
     def offloading(self) -> bool:
+        """As the cache has it."""
         return self.inner.offloading
 
     def __len__(self) -> int:
@@ -98,6 +109,7 @@ class CacheView(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Hold one head of each group, give back what is shown."""
         if key_states.shape[1] != self.given:
             raise ValueError(
                 f"this cache view was made for {self.given} heads, the module shows {key_states.shape[1]}: "
@@ -108,46 +120,59 @@ class CacheView(Cache):
         return pick(k, self.of), pick(v, self.of)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """As the cache has it."""
         return self.inner.get_seq_length(layer_idx)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
+        """As the cache has it."""
         return self.inner.get_max_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As the cache has it."""
         return self.inner.get_mask_sizes(query_length, layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As the cache has it."""
         return self.inner.get_query_offset(layer_idx)
 
     def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        """As the cache has it."""
         return self.inner.has_previous_state(*args, **kwargs)
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As the cache has it."""
         return self.inner.get_conv_state(*args, **kwargs)
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the cache has it."""
         return self.inner.update_conv_state(*args, **kwargs)
 
     def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As the cache has it."""
         return self.inner.get_recurrent_state(*args, **kwargs)
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the cache has it."""
         return self.inner.update_recurrent_state(*args, **kwargs)
 
     @property
     def is_compileable(self) -> bool:
+        """As the cache has it."""
         return self.inner.is_compileable
 
     @property
     def is_initialized(self) -> bool:
+        """As the cache has it."""
         return self.inner.is_initialized
 
     @property
     def is_sliding(self) -> list[bool]:
+        """As the cache has it."""
         return self.inner.is_sliding
 
     @property
     def is_linear(self) -> list[bool]:
+        """As the cache has it."""
         return self.inner.is_linear
 
 
@@ -172,12 +197,15 @@ class Passing(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Hold one head of each group, give back what is shown."""
         return pick(key_states, self.keep), pick(value_states, self.keep)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """As the cache has it."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As the cache has it."""
         return query_length, 0
 
 
@@ -199,14 +227,17 @@ class ShowHeads:
         self.of = tuple(of)
 
     def seen(self, value: Any, of: tuple[int, ...]) -> Any:
+        """A cache as a view, anything else as it is."""
         if isinstance(value, EncoderDecoderCache):
             return EncoderDecoderView(value, self.given, self.keep, of)
         return CacheView(value, self.given, self.keep, of) if isinstance(value, Cache) else value
 
     def shown(self, args: tuple[Any, ...], kwargs: dict[str, Any], of: tuple[int, ...]) -> Any:
+        """All arguments with their caches as views."""
         return tuple(self.seen(a, of) for a in args), {n: self.seen(v, of) for n, v in kwargs.items()}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Change the call or its result as the class says."""
         return self.shown(args, kwargs, self.of)
 
 
@@ -221,7 +252,9 @@ class GroupHeads(ShowHeads):
         self.pair = pair
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if module.config._attn_implementation in self.whole:
+        """Change the call or its result as the class says."""
+        config: Any = module.config
+        if config._attn_implementation in self.whole:
             return self.shown(args, kwargs, self.of)
         by_place = len(args) > self.place
         if (args[self.place] if by_place else kwargs.get(self.name)) is not None:
@@ -239,6 +272,7 @@ class RepeatRows:
         self.runs = tuple((start, count) for start, count in runs)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Change the call or its result as the class says."""
         return torch.cat([output[..., start : start + count] for start, count in self.runs], -1)
 
 
@@ -254,6 +288,7 @@ def shrink(model: Part, recipe: dict[str, Any]) -> None:
 
 
 def install_site(model: Part, recipe: dict[str, Any]) -> None:
+    """One site: its projections, and the cache that its module is given."""
     for projection in recipe["projections"]:
         shrink(model, projection)
         model.get_submodule(projection["module"]).register_forward_hook(RepeatRows(projection["runs"]))
@@ -278,9 +313,11 @@ class Part:
         self.prefix = prefix
 
     def holds(self, path: str) -> bool:
+        """Whether the path lies in this part."""
         return path.startswith(self.prefix)
 
     def get_submodule(self, path: str) -> nn.Module:
+        """The module at the full model's path."""
         return self.model.get_submodule(path[len(self.prefix) :])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -39,10 +39,16 @@ def differs(reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs) -
     return None
 
 
+def kernel_of(model: PreTrainedModel) -> str:
+    """The attention kernel that the model would use now."""
+    config: Any = model.config
+    return str(config._attn_implementation)
+
+
 @contextmanager
-def _kernel(model: PreTrainedModel, kernel: str | None) -> Iterator[bool]:
+def _kernel(model: PreTrainedModel, kernel: str) -> Generator[bool]:
     """The model with another attention kernel for a while; whether it takes it."""
-    before = model.config._attn_implementation
+    before = kernel_of(model)
     if kernel == before:
         yield True
         return
@@ -56,14 +62,14 @@ def _kernel(model: PreTrainedModel, kernel: str | None) -> Iterator[bool]:
     finally:
         logging.set_verbosity(loud)
     try:
-        yield model.config._attn_implementation == kernel
+        yield kernel_of(model) == kernel
     finally:
         model.set_attn_implementation(before)
 
 
 def kernels(model: PreTrainedModel) -> tuple[str, ...]:
     """The attention kernels in which emissions are compared: the model's own, sdpa and eager where it takes them."""
-    names = dict.fromkeys((str(model.config._attn_implementation), "sdpa", "eager"))
+    names = dict.fromkeys((kernel_of(model), "sdpa", "eager"))
     taken: list[str] = []
     for name in names:
         with _kernel(model, name) as known:
@@ -204,7 +210,7 @@ def too_much_held(model: PreTrainedModel, inputs: Inputs, expected: Mapping[tupl
         return None
     with torch.no_grad():
         cache = greedy(model, inputs, 2).past_key_values
-    halves = {"": cache, "self": cache}
+    halves: dict[str, Any] = {"": cache, "self": cache}
     if isinstance(cache, EncoderDecoderCache):
         halves = dict.fromkeys(halves, cache.self_attention_cache) | {"cross": cache.cross_attention_cache}
     for (half, number), heads in expected.items():

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from tests.contract.by_hand import site, with_row_norm, with_sink
 from transformers import PreTrainedModel
 
 from rewrite.site import Site
+from tests.contract.by_hand import site, with_row_norm, with_sink
 
 Made = tuple[PreTrainedModel, list[Site]]
 H, LAYERS, HEADS = 64, 2, 4
@@ -134,8 +134,8 @@ STOCK: dict[str, Callable[[], Made]] = {
     "gpt_oss": gpt_oss,
     "phi3": phi3,
 }
-GROUPED: dict[str, Callable[[], Made]] = {"gpt2": gpt2, "opt": opt, "neox": neox, "bart": bart}
-VIEW: dict[str, Callable[[], Made]] = {"gptj": gptj, "bloom": bloom, "mpt": mpt, "t5": t5}
+GROUPED: dict[str, Callable[[], Made]] = {"gpt2": gpt2, "opt": opt, "neox": neox, "bart": bart, "t5": t5}
+VIEW: dict[str, Callable[[], Made]] = {"gptj": gptj, "bloom": bloom, "mpt": mpt}
 ALL = STOCK | GROUPED | VIEW
 
 

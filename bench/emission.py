@@ -1,0 +1,216 @@
+"""Emission over the library's types: GQA at half the kv heads against the same model with its heads made equal.
+
+`python -m bench.emission` measures every type of the zoo that generates text and writes docs/emission.md. Folders are
+loaded again in one process in which this project cannot be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from passes.find import find
+from rewrite.capture import capture
+from rewrite.emit import emit
+from rewrite.emit.choose import padded
+from rewrite.emit.edits import edited
+from rewrite.emit.twin import table, twin
+from rewrite.emit.validate import cache_bytes, greedy, relative
+from rewrite.heads import Rewritten
+from rewrite.layout import gather
+from rewrite.site import Output, Site
+from tests.contract.by_hand import keep
+from tests.zoo import ENTRIES, Entry
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+LOADER = '''
+import json, pathlib, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("rewrite", "passes", "codegen"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+import torch, transformers
+transformers.logging.set_verbosity_error()
+for top in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    known = torch.load(top / "expected.pt", weights_only=False)
+    try:
+        auto = getattr(transformers, known["auto"])
+        model, info = auto.from_pretrained(top / "half.of.it", trust_remote_code=True, output_loading_info=True)
+        assert not any(info.values()), f"keys do not agree: {info}"
+        out = model.eval().generate(**known["given"], **known["settings"])
+        error = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(known["logits"], out.logits))
+        same = torch.equal(out.sequences, known["tokens"])
+        found = "" if same and error <= 1e-5 else f"logits differ by {error:.0e}"
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}".split(chr(10))[0][:200]
+    print(json.dumps([top.name, found]), flush=True)
+'''
+
+
+@dataclass
+class Row:
+    """One model type: which forms its sites got, and how far what came out is from the reference."""
+
+    family: str
+    name: str
+    forms: dict[str, int] = field(default_factory=dict[str, int])
+    refused: list[str] = field(default_factory=list[str])
+    error: float | None = None
+    tokens: bool | None = None
+    bytes: float | None = None
+    expected: float | None = None
+    """Bytes that should be left: one half, more where sites were refused."""
+    folder: str = "-"
+    note: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether everything that was emitted is what it should be."""
+        exact = self.error is not None and self.error <= 1e-5 and bool(self.tokens) and self.bytes == self.expected
+        return exact and self.folder == ""
+
+
+def halved(site: Site, model: PreTrainedModel) -> Rewritten:
+    """The first kv head of each two, weights as they are."""
+    return keep(site, site.k.heads // 2, gather(site, table(model).__getitem__))
+
+
+def measure(entry: Entry, folder: Path) -> Row | None:
+    """One type; None where it has no text to generate."""
+    row = Row(entry.family, entry.name.removesuffix("-sdpa").removesuffix("-eager"))
+    model, given = entry.build()
+    if not isinstance(model, PreTrainedModel) or not isinstance(given, dict) or not model.can_generate():
+        return None
+    inputs = padded(given)
+    try:
+        found = find(capture(model, given, dynamic=False).static)
+        sites = [s for s in found.sites if s.k.heads % 2 == 0 and isinstance(s.out, Output)]
+        row.note = f"{len(found.refused)} attentions not lifted" if found.refused else ""
+        changes = {s.name: (s, halved(s, model)) for s in sites}
+        if not changes:
+            row.note = "nothing to convert"
+            return row
+        _compare(row, model, changes, inputs, folder / row.name)
+    # a type that cannot be measured is a row that says so
+    except Exception as error:
+        row.note = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+    return row
+
+
+def _compare(
+    row: Row, model: PreTrainedModel, changes: Mapping[str, tuple[Site, Rewritten]], inputs: dict[str, Any], top: Path
+) -> None:
+    made = emit(model, changes, inputs)
+    row.forms = dict(Counter(made.forms.values()))
+    row.refused = sorted(set(made.refused.values()))
+    edits: dict[str, torch.Tensor] = {}
+    for name in made.forms:
+        edits |= edited(*changes[name], table(model).__getitem__)
+    reference = twin(model, edits, share=True)
+    with torch.no_grad():
+        expected, out = greedy(reference, inputs, STEPS), greedy(made.model, inputs, STEPS)
+    row.error = max(relative(a, b) for a, b in zip(expected.logits, out.logits, strict=True))
+    row.tokens = torch.equal(expected.sequences, out.sequences)
+    row.bytes = cache_bytes(out.past_key_values) / max(1, cache_bytes(expected.past_key_values))
+    row.expected = 0.5 if not made.refused else row.bytes
+    if not made.forms:
+        return
+    made.model.save_pretrained(top / "half.of.it")
+    auto = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": STEPS, "min_new_tokens": STEPS}
+    settings |= {"return_dict_in_generate": True, "output_logits": True, "use_cache": True}
+    for token in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        if getattr(model.generation_config, token, None) is None:
+            settings[token] = 0
+    given = {n: v for n, v in inputs.items() if n not in ("labels", "use_cache")}
+    known = {"given": given, "settings": settings, "auto": auto}
+    torch.save(known | {"logits": out.logits, "tokens": out.sequences}, top / "expected.pt")
+
+
+def load_again(rows: Sequence[Row], folder: Path) -> None:
+    """Every folder in a process that cannot import this project."""
+    script = folder.parent / "loader.py"
+    script.write_text(LOADER)
+    done = subprocess.run([sys.executable, "-I", str(script), str(folder)], capture_output=True, text=True)
+    results = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    for row in rows:
+        row.folder = results.get(row.name, "-")
+
+
+def page(rows: Sequence[Row]) -> str:
+    """docs/emission.md."""
+    lines = [
+        "# Emission: GQA at half the kv heads, by model type",
+        "",
+        "Written by `python -m bench.emission`. Tiny random models; the reference is the model's own class at full width",
+        f"with equal heads. {STEPS} greedy tokens, one row left padded; folders loaded where this project is not importable.",
+        "",
+        *_summary(rows),
+        "",
+        "| type | family | forms | logits differ by | tokens | bytes | folder | note |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(_line(r) for r in rows)]) + "\n"
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    out: list[str] = []
+    for family in dict.fromkeys(r.family for r in rows):
+        mine = [r for r in rows if r.family == family]
+        done = [r for r in mine if r.forms]
+        wrong = [r.name for r in done if not r.right]
+        out.append(f"- {family}: {len(done)} of {len(mine)} types emitted, {len(done) - len(wrong)} right in all, wrong: {', '.join(wrong) or 'none'}")
+    return out
+
+
+def _line(r: Row) -> str:
+    forms = ", ".join(f"{n} {form}" for form, n in r.forms.items()) or "-"
+    error = "-" if r.error is None else f"{r.error:.0e}"
+    share = "-" if r.bytes is None else f"{r.bytes:.3f}"
+    folder = {"": "equal", "-": "-"}.get(r.folder, r.folder)
+    note = "; ".join([*r.refused, r.note]).strip("; ").replace("|", "/")
+    tokens = {None: "-", True: "equal", False: "differ"}[r.tokens]
+    return f"| {r.name} | {r.family} | {forms} | {error} | {tokens} | {share} | {folder} | {note} |"
+
+
+def main() -> None:
+    """Measure the types named on the command line, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="types of the zoo; all by default")
+    parser.add_argument("--write", action="store_true", help="write docs/emission.md")
+    wanted = parser.parse_args()
+    logging.set_verbosity_error()
+    rows: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "models"
+        folder.mkdir()
+        for entry in ENTRIES:
+            name = entry.name.removesuffix("-sdpa").removesuffix("-eager")
+            if name in rows or (wanted.names and name not in wanted.names):
+                continue
+            row = measure(entry, folder)
+            if row is not None:
+                rows[name] = row
+                print(_line(row), flush=True)
+        load_again(list(rows.values()), folder)
+    print("\n".join(_summary(list(rows.values()))))
+    if wanted.write:
+        (ROOT / "docs" / "emission.md").write_text(page(list(rows.values())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
