@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 import torch
 
-from passes.gqa_build import Order, build, contiguous, movable, order_of
+from passes.gqa_build import Parts, build, contiguous, movable, order_of
 from passes.gqa_groups import Grouping, cheapest, neighbours
 from passes.gqa_keys import KeyMerge, closed_loss, key_energy, merge_keys
 from passes.gqa_pool import pooled_keys, pooled_values
 from passes.gqa_refuse import refuse_site
 from passes.gqa_source import Facts, facts
 from passes.gqa_values import ValueMerge, carries_mean, merge_values, value_energy
+from passes.polish import polish, polishes
 from passes.refit import measure, refit, refitted_error
 from rewrite.heads import Rewritten, Weights
 from rewrite.site import Affine, Grouped, Operand, Site
@@ -49,6 +50,7 @@ class GQA:
     kv_heads: int | tuple[int, ...]
     method: Method = "default"
     refit: bool = True
+    polish: bool = True
 
     def __post_init__(self) -> None:
         counts = self.kv_heads if isinstance(self.kv_heads, tuple) else (self.kv_heads,)
@@ -93,11 +95,14 @@ class GQA:
             return Rewritten(site, weights, tuple(range(site.heads)))
         known = facts(site, weights, None if stats is None else stats.moments)
         if self.method != "default":
-            made, order = _pooled(known, weights, groups, self.method == "aligned")
+            parts = _pooled(known, weights, groups, self.method == "aligned")
         elif stats is None:
-            made, order = _merged(known, weights, _splits(known, weights, groups, 1)[0], None)
+            parts = _merged(known, weights, _splits(known, weights, groups, 1)[0], None)
         else:
-            made, order = _searched(known, weights, groups, stats)
+            parts = _searched(known, weights, groups, stats)
+            if self.polish and polishes(site):
+                parts = polish(site, weights, parts, stats)
+        made, order = parts.weights(weights), parts.order
         notes: list[str] = []
         if stats is None:
             notes.append("weights only: groups and distances are not measured, the output projection is not refitted")
@@ -119,18 +124,11 @@ class GQA:
         return self.kv_heads
 
 
-def _merged(known: Facts, weights: Weights, split: Grouping, even: float | None) -> tuple[Weights, Order]:
+def _merged(known: Facts, weights: Weights, split: Grouping, even: float | None) -> Parts:
     keys = [merge_keys(known, g, even) for g in split]
-    return _assembled(known, weights, split, keys, even)
-
-
-def _assembled(
-    known: Facts, weights: Weights, split: Grouping, keys: Sequence[KeyMerge], _even: float | None
-) -> tuple[Weights, Order]:
     centred = carries_mean(known.site, weights)
     values = [merge_values(known, g, centred) for g in split]
-    order = order_of(known.site, split)
-    return build(known, weights, keys, values, order), order
+    return build(known, weights, keys, values, order_of(known.site, split))
 
 
 def _splits(known: Facts, weights: Weights, groups: int, most: int) -> tuple[Grouping, ...]:
@@ -148,12 +146,13 @@ def _splits(known: Facts, weights: Weights, groups: int, most: int) -> tuple[Gro
     return cheapest(site.k.heads, groups, cost, most)
 
 
-def _searched(known: Facts, weights: Weights, groups: int, stats: Stats) -> tuple[Weights, Order]:
+def _searched(known: Facts, weights: Weights, groups: int, stats: Stats) -> Parts:
     """The grouping, then the phase moments, with the least output error measured on part of the calibration."""
 
     def error(split: Grouping, even: float | None) -> float:
-        made, order = _merged(known, weights, split, even)
-        return refitted_error(made, measure(stats, made, order.kv_of, TRIALS))
+        parts = _merged(known, weights, split, even)
+        made = parts.weights(weights)
+        return refitted_error(made, measure(stats, made, parts.order.kv_of, TRIALS))
 
     splits = _splits(known, weights, groups, CANDIDATES)
     split = splits[0] if len(splits) == 1 else min(splits, key=lambda s: error(s, EVEN[1]))
@@ -161,15 +160,14 @@ def _searched(known: Facts, weights: Weights, groups: int, stats: Stats) -> tupl
     return _merged(known, weights, split, even)
 
 
-def _pooled(known: Facts, weights: Weights, groups: int, aligned: bool) -> tuple[Weights, Order]:
+def _pooled(known: Facts, weights: Weights, groups: int, aligned: bool) -> Parts:
     """Neighbours, as published. Mean pooling takes the weights as they are, whatever a norm makes of them."""
     split = neighbours(known.site.k.heads, groups)
     if not aligned:
         known = replace(known, k_inverse=torch.ones_like(known.k_inverse), v_inverse=torch.ones_like(known.v_inverse))
     keys: list[KeyMerge] = [pooled_keys(known, g, aligned) for g in split]
     values: list[ValueMerge] = [pooled_values(known, g, aligned) for g in split]
-    order = order_of(known.site, split)
-    return build(known, weights, keys, values, order), order
+    return build(known, weights, keys, values, order_of(known.site, split))
 
 
 def _fewer(operand: Operand, heads: np.ndarray) -> Operand:

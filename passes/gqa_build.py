@@ -17,7 +17,7 @@ from rewrite.site import Affine, Operand, Site
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Where heads stand: query head j of the new weights is head `query[j]` of the source and reads kv head `kv_of[j]`."""
+    """Where heads stand: new query head j is head `query[j]` of the source and reads kv head `kv_of[j]`."""
 
     query: tuple[int, ...]
     kv_of: tuple[int, ...]
@@ -63,14 +63,49 @@ def own(values: Affine) -> bool:
     return values.index is not None and len(set(values.index.reshape(-1).tolist())) == values.index.size
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """New weights as maps of the source's rows: u' = q u for every query head (in the new order), and the sum over
+    the group's heads of k[n, i] u_i, v[n, i] u_i, u what the source's projections give."""
+
+    groups: tuple[tuple[int, ...], ...]
+    order: Order
+    q: Tensor
+    """(h, d, d)"""
+    k: Tensor
+    """(groups, t, d, d)"""
+    v: Tensor
+    gains: tuple[Tensor, Tensor, Tensor]
+    out: Tensor
+    out_bias: Tensor | None
+
+    def weights(self, source: Weights) -> Weights:
+        """The weights that these maps make of the source's."""
+        pick = list(self.order.query)
+        q = Heads(
+            self.q @ source.q.weight[pick],
+            None if source.q.bias is None else torch.einsum("hij,hj->hi", self.q, source.q.bias[pick]),
+            self.gains[0],
+        )
+        k, v = self._merged(source.k, self.k, self.gains[1]), self._merged(source.v, self.v, self.gains[2])
+        return Weights(q, k, v, self.out, self.out_bias)
+
+    def _merged(self, source: Heads, maps: Tensor, gain: Tensor) -> Heads:
+        pick = torch.tensor(self.groups)
+        bias = None if source.bias is None else torch.einsum("ntij,ntj->ni", maps, source.bias[pick])
+        return Heads(torch.einsum("ntij,ntjx->nix", maps, source.weight[pick]), bias, gain)
+
+
 def build(
     facts: Facts, source: Weights, keys: Sequence[KeyMerge], values: Sequence[ValueMerge], order: Order
-) -> Weights:
+) -> Parts:
     """The new weights; norms and their gains stay where they are (the merged head is divided by its own length)."""
     site = facts.site
     up = {head: a for merge in keys for head, a in merge.up.items()}
     picked = list(order.query)
-    q = _queries(facts, source.q, torch.stack([up[j] for j in range(site.heads)]))
+    q, q_gain = _queries(facts, source.q, torch.stack([up[j] for j in range(site.heads)]))
+    k, k_gain = _merged(site.k, source.k, facts.k, facts.k_inverse, keys)
+    v, v_gain = _merged(site.v, source.v, facts.v, facts.v_inverse, values)
     outs = {head: source.out[:, head] @ b for merge in values for head, b in merge.up.items()}
     out = torch.stack([outs[j] for j in range(site.heads)], 1)
     bias = source.out_bias
@@ -79,28 +114,21 @@ def build(
         of = {head: n for n, merge in enumerate(values) for head in merge.up}
         before = torch.einsum("ohd,hd->o", source.out, facts.v.mean[list(site.kv_of)])
         bias = bias + before - torch.einsum("ohd,hd->o", out, mean[[of[j] for j in range(site.heads)]])
-    return Weights(
-        q=Heads(q.weight[picked], None if q.bias is None else q.bias[picked], q.gain[picked]),
-        k=_merged(site.k, source.k, facts.k, facts.k_inverse, keys),
-        v=_merged(site.v, source.v, facts.v, facts.v_inverse, values),
-        out=out[:, picked],
-        out_bias=bias,
-    )
+    groups = tuple(merge.members for merge in keys)
+    return Parts(groups, order, q[picked], k, v, (q_gain[picked], k_gain, v_gain), out[:, picked], bias)
 
 
 def _mean(gram: Gram, merges: Sequence[KeyMerge] | Sequence[ValueMerge]) -> Tensor:
     return torch.stack([torch.einsum("tij,tj->i", m.down, gram.mean[list(m.members)]) for m in merges])
 
 
-def _queries(facts: Facts, heads: Heads, up: Tensor) -> Heads:
-    """q' = A q behind gain and norm: rows Γ'⁻¹ A Γ W. Where the norm spans all heads and every head has its own
-    gain, the gain takes the change of size, so that one head's change does not scale the others."""
+def _queries(facts: Facts, heads: Heads, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps and gains of q' = A q behind gain and norm: Γ'⁻¹ A Γ. Where the norm spans all heads and every head has
+    its own gain, the gain takes the change of size, so that one head's change does not scale the others."""
     gain = heads.gain
     if facts.site.q.norm is not None and facts.site.q.norm.over == "row" and own(facts.site.q.gain):
         gain = gain * _growth(facts, gain, up)
-    weight = _over(gain)[..., None] * (up @ (heads.gain[..., None] * heads.weight))
-    bias = None if heads.bias is None else _over(gain) * torch.einsum("hij,hj->hi", up, heads.gain * heads.bias)
-    return Heads(weight, bias, gain)
+    return _over(gain)[..., None] * up * heads.gain[:, None, :], gain
 
 
 def _growth(facts: Facts, gain: Tensor, up: Tensor) -> Tensor:
@@ -129,24 +157,22 @@ def _over(gain: Tensor) -> Tensor:
 
 def _merged(
     operand: Operand, heads: Heads, gram: Gram, inverse: Tensor, merges: Sequence[KeyMerge] | Sequence[ValueMerge]
-) -> Heads:
-    """Rows Γ'⁻¹ Σ_i down_i Γ_i W_i E[1/ρ_i]: the mean of what the norm did stands in for the norm, which then makes
-    up the length of every token anew."""
-    gains, weights, biases = [], [], []
+) -> tuple[Tensor, Tensor]:
+    """Maps Γ'⁻¹ down_i Γ_i E[1/ρ_i] and gains: the mean of what the norm did stands in for the norm, which then
+    makes up the length of every token anew."""
+    gains: list[Tensor] = []
+    maps: list[Tensor] = []
     for merge in merges:
         pick = list(merge.members)
         gain = heads.gain[pick]
         new = gain[0] if bool((gain == gain[:1]).all()) else gain.square().mean(0).sqrt() * gain[0].sign()
         factor = gain * (inverse[pick] / inverse[pick].mean())[:, None]
-        down = _over(new)[None, :, None] * merge.down
         gains.append(new)
-        weights.append(torch.einsum("tij,tj,tjx->ix", down, factor, heads.weight[pick]))
-        if heads.bias is not None:
-            biases.append(torch.einsum("tij,tj,tj->i", down, factor, heads.bias[pick]))
+        maps.append(_over(new)[None, :, None] * merge.down * factor[:, None, :])
     gain = torch.stack(gains)
     if operand.norm is not None and operand.norm.over == "row" and own(operand.gain):
         gain = gain * _row_growth(operand, heads, gram, merges, gain)
-    return Heads(torch.stack(weights), torch.stack(biases) if biases else None, gain)
+    return torch.stack(maps), gain
 
 
 def _row_growth(

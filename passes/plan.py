@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from passes import Target
 from passes.sizes import Source, count, describe, parameters, saved, shape
 from passes.verdict import no_attention, nothing_applies, require_space
+from rewrite.errors import ReattnError
 from rewrite.machine import Machine, this_machine
 from rewrite.program import Program
 from rewrite.record import to_json
@@ -80,6 +81,10 @@ class Plan:
     def measured(self, errors: Mapping[str, float | None]) -> tuple[SiteRow, ...]:
         """The rows with the error of each site."""
         return tuple(replace(row, error=errors.get(row.name) if row.converted else None) for row in self.rows)
+
+    def refusal(self) -> ReattnError | None:
+        """The error that a conversion by this plan would end in, as it changes nothing; else None."""
+        return nothing_applies(self)
 
     def json(self) -> str:
         """The plan as JSON."""

@@ -141,8 +141,13 @@ def _frozen(program: ExportedProgram, example: Inputs) -> str | None:
     for name, moving in zip(program.graph_signature.user_inputs, example.moving, strict=False):
         node = placeholders.get(str(name))
         shape = getattr(node.meta.get("val"), "shape", ()) if node is not None else ()
-        stuck += [f"axis {a} of {name} stayed {shape[a]}" for a in moving if isinstance(shape[a], int)]
+        stuck += [f"axis {a} of {name} stayed {shape[a]}" for a in moving if a < len(shape) and _fixed(shape[a])]
     return f"the model fixes a size while it is traced: {', '.join(stuck)}" if stuck else None
+
+
+def _fixed(size: Any) -> bool:
+    """A number, also where it is still held as a symbol that was found to be one."""
+    return not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None
 
 
 def _export(module: nn.Module, example: Inputs, shapes: Any) -> ExportedProgram:

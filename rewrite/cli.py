@@ -200,6 +200,9 @@ def run_plan(options: argparse.Namespace) -> tuple[str, int]:
     plan = _api().plan(options.model, targets, only=options.only, skip=options.skip, context=options.context)
     if options.why is not None:
         return plan.explain(_known(options.why, [*(s.name for s in plan.sites), *(n for n, _ in plan.refused)])), 0
+    refusal = plan.refusal()
+    if refusal is not None:
+        raise refusal
     return (plan.json() if options.json else str(plan)), 0
 
 

@@ -157,11 +157,17 @@ def propose(model: nn.Module) -> Iterator[Inputs]:
         for turn in range(max(len(MAKERS[name][0](sizes)) for name in chosen)):
             made = {name: MAKERS[name][0](sizes) for name in chosen}
             kwargs: dict[str, Any] = {name: given[min(turn, len(given) - 1)] for name, given in made.items()}
-            moving = [MAKERS[name][1] for name in chosen]
-            if "use_cache" in names:
-                kwargs["use_cache"] = False
-                moving.append(())
-            yield Inputs((), kwargs, tuple(moving), loose=False)
+            moving = tuple(MAKERS[name][1] for name in chosen)
+            for cache in _cache(names, config):
+                yield Inputs((), {**kwargs, **cache}, (*moving, *([()] * len(cache))), loose=False)
+
+
+def _cache(names: Mapping[str, inspect.Parameter], config: Any) -> list[dict[str, bool]]:
+    """A cache among the outputs is no tensor, so it is switched off where the model can be told to."""
+    if "use_cache" in names:
+        return [{"use_cache": False}]
+    passed_on = any(p.kind is p.VAR_KEYWORD for p in names.values()) and getattr(config, "use_cache", False)
+    return [{"use_cache": False}, {}] if passed_on else [{}]
 
 
 def _choices(model: nn.Module, names: Mapping[str, inspect.Parameter], config: Any) -> list[list[str]]:

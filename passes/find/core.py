@@ -158,7 +158,7 @@ def _mixing(
 
 def _rows(graph: Graph, scores: Written, p: Side, draw: Draw) -> tuple[Tensor, Tensor]:
     """Probabilities on random scores, and for each row of the scores its row of the probabilities."""
-    raw = scores.stage.node
+    raw = scores.stage.start
     leaves = behind(graph, p.node, [raw])
     piece = Piece(graph, [raw, *leaves], [p.node])
     values = draw(leaves)

@@ -97,8 +97,13 @@ def _stops(scan: Scan, letter: str, node: fx.Node) -> None:
 
 def random(region_: Region, size: float, seed: int) -> Tensor:
     """Root outputs: normal, of a size."""
+    return noise(region_.positions, region_.rows, size, seed)
+
+
+def noise(positions_: int, rows: int, size: float, seed: int) -> Tensor:
+    """(positions, rows), normal, of a size."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(region_.positions, region_.rows, dtype=torch.float64, generator=generator) * size
+    return torch.randn(positions_, rows, dtype=torch.float64, generator=generator) * size
 
 
 def positions(region_: Region, weights: Sequence[Tensor]) -> Tensor:

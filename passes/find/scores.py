@@ -80,6 +80,8 @@ class Stage:
 
     node: fx.Node
     """The softmax input, behind casts and the subtraction of the row's maximum."""
+    start: fx.Node
+    """What the softmax reads, which has the same rows."""
     leaves: list[fx.Node]
     piece: Piece
     dim: int
@@ -182,7 +184,7 @@ def written(graph: Graph, softmax: fx.Node, above: Product, draw: Draw) -> Stage
     if spelled.mixed.any():
         raise NotLifted("scores of several pairs are mixed before the softmax", node)
     source = spelled.item.movedim(dim, -1).reshape(-1, spelled.item.shape[dim])
-    return Stage(node, leaves, piece, dim, source, _key(source, above, node), above)
+    return Stage(node, start, leaves, piece, dim, source, _key(source, above, node), above)
 
 
 def _key(source: Tensor, above: Product, at: fx.Node) -> str:

@@ -15,7 +15,7 @@ from passes.find.draw import Draw
 from passes.find.execute import Piece
 from passes.find.law import Asked, Law, law
 from passes.find.leads import Leads
-from passes.find.region import Region, random
+from passes.find.region import Region, noise
 from passes.find.roots import NotLifted
 from rewrite.site import Operand, Site
 
@@ -67,8 +67,7 @@ def _holds(setting: Setting, site: Site, asked: Asked, other: Draw, factor: floa
 
 def _error(setting: Setting, site: Site, found: Law, draw: Draw, size: float) -> float:
     """Largest difference between region and re-emission, relative to the region's largest value."""
-    filled = {r.letter: random(r, size, 60 + i) for i, r in enumerate(_shared(setting.regions))}
-    u = {region.letter: filled[_owner(setting.regions, region)] for region in setting.regions}
+    u = _filled(setting.regions, size)
     expected = region_output(setting, u, draw)
     got = emitted(setting, site, found, u, draw)
     read = found.keep.any(-1)[..., None]
@@ -77,14 +76,14 @@ def _error(setting: Setting, site: Site, found: Law, draw: Draw, size: float) ->
     return float(difference.max() / scale.clamp(min=1e-300))
 
 
-def _shared(regions: Sequence[Region]) -> list[Region]:
-    return [r for r in regions if _owner(regions, r) == r.letter]
-
-
-def _owner(regions: Sequence[Region], region: Region) -> str:
-    """The first operand with the same roots: one fused projection has one output."""
-    nodes = [root.node for root in region.roots]
-    return next(r.letter for r in regions if [root.node for root in r.roots] == nodes)
+def _filled(regions: Sequence[Region], size: float) -> dict[str, Tensor]:
+    """Root outputs of each operand, side by side; operands that share a projection share its output."""
+    known: dict[fx.Node, Tensor] = {}
+    for region in regions:
+        for root in region.roots:
+            if root.node not in known:
+                known[root.node] = noise(root.positions, root.rows, size, 60 + len(known))
+    return {region.letter: torch.cat([known[root.node] for root in region.roots], dim=1) for region in regions}
 
 
 def region_output(setting: Setting, u: dict[str, Tensor], draw: Draw) -> Tensor:

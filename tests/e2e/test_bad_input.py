@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,6 +94,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 CONVERT = ("convert", "model", "out", "--to", "gqa:3")
+UNCHECKED = (*CONVERT, "--no-check")
 
 
 def damage_truncated(place: Path) -> None:
@@ -122,7 +124,9 @@ def no_weights(place: Path) -> None:
 
 
 def no_config(place: Path) -> None:
-    (place / "model" / "config.json").unlink()
+    for path in (place / "model").iterdir():
+        if path.suffix != ".safetensors":
+            path.unlink()
 
 
 def bad_config(place: Path) -> None:
@@ -233,7 +237,8 @@ def test_no_attention(golden):
     with pytest.raises(Refused) as caught:
         api.plan(NoAttention(PretrainedConfig()), inputs=(torch.randint(0, 16, (2, 5)),))
     assert (caught.value.slug, caught.value.code) == ("no-attention", 3)
-    golden(str(caught.value))
+    # how many nodes a graph has is torch's affair
+    golden(re.sub(r"\d+ nodes", "N nodes", str(caught.value)))
 
 
 DYING = """
@@ -262,31 +267,31 @@ def undisturbed(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """What the command leaves when nothing happens to it."""
     there = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(saved, there, dirs_exist_ok=True)
-    done = command(there, "import sys; from rewrite.cli import main; sys.exit(main(sys.argv[1:]))", *CONVERT)
+    done = command(there, "import sys; from rewrite.cli import main; sys.exit(main(sys.argv[1:]))", *UNCHECKED)
     assert done.returncode == 0, done.stderr
     return contents(there / "out")
 
 
 @pytest.mark.parametrize(
     ("module", "function", "renamed"),
-    [("api", "emit", False), ("save", "write_card", False), ("folder", "sync", False), ("folder", "_remove", True)],
-    ids=["before-writing", "half-written", "not-synced", "after-the-rename"],
+    [("save", "write_card", False), ("folder", "sync", False), ("folder", "_remove", True)],
+    ids=["half-written", "not-synced", "after-the-rename"],
 )
 def test_killed_in_the_middle(
     module: str, function: str, renamed: bool, place: Path, run: Run, undisturbed: dict[str, str]
 ):
     """kill -9, and then the same command again."""
     before = contents(place / "model")
-    died = command(place, DYING.format(module=module, function=function), *CONVERT)
+    died = command(place, DYING.format(module=module, function=function), *UNCHECKED)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert contents(place / "model") == before
     assert (place / "out").exists() == renamed
     if not renamed:
-        assert run(*CONVERT).code == 0
+        assert run(*UNCHECKED).code == 0
     assert contents(place / "out") == undisturbed
     assert contents(place / "model") == before
     if renamed:
-        assert run(*CONVERT).code == 3
+        assert run(*UNCHECKED).code == 3
         assert contents(place / "out") == undisturbed
     else:
         assert sorted(p.name for p in place.iterdir()) == ["model", "out", "text.txt"]
