@@ -10,6 +10,7 @@ from rewrite.heads import Heads, Rewritten, Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from passes.moments import SiteBatch
     from rewrite.site import Site
 
 __all__ = ["PIPELINE", "Heads", "Rewritten", "Stats", "Target", "Weights"]
@@ -33,6 +34,10 @@ class Stats(Protocol):
     def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, on the converted model's own activations: the heads' outputs z (tokens, heads, dim) of the
         attention with `weights`, and the original attention's output y (tokens, outputs) on the same input."""
+        ...
+
+    def batches(self) -> Iterator[SiteBatch]:
+        """What the site's original weights see on the same activations, batch by batch."""
         ...
 
 

@@ -117,6 +117,11 @@ class SiteStats:
         for at, (env, keep) in enumerate(zip(self.stream.envs, self.stream.keep, strict=True)):
             yield _counted(self._enter(env, new), keep), _counted(self._original(at, env), keep)
 
+    def batches(self) -> Iterator[SiteBatch]:
+        """What the original weights see, batch by batch."""
+        for env, keep in zip(self.stream.envs, self.stream.keep, strict=True):
+            yield _site_batch(self.stream.machine, self.part, env, keep, self.tensors)
+
     def _original(self, at: int, env: Env) -> Tensor:
         """Trials come by the dozen, so what the original gives is kept where it is small."""
         if at in self.kept:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 Method = Literal["default", "mean", "aligned"]
 VALUE_SHARE = 0.2
 """Weight of the values' loss beside the keys' when groups are chosen; each relative to its total."""
-CANDIDATES = 16
+CANDIDATES = 8
 """Groupings whose output error is measured."""
-TRIALS = 2
+TRIALS = 1
 """Batches on which candidates are measured."""
 EVEN: tuple[float | None, ...] = (None, 0.0, 0.1, 0.5)
 """Shares of evenly attended distances that are tried; None is a uniform phase for every rotating pair."""
@@ -42,7 +42,7 @@ EVEN: tuple[float | None, ...] = (None, 0.0, 0.1, 0.5)
 class GQA:
     """Fewer kv heads. `kv_heads` may be one number per site. Methods: "default" merges heads so that scores and
     outputs change least; "mean" and "aligned" are the published poolings. `refit` solves the output projection anew
-    on the calibration."""
+    on the calibration; `polish` is the most Gauss-Newton steps on the attention's own output error, 0 for none."""
 
     name: ClassVar[str] = "gqa"
     needs: ClassVar[frozenset[str]] = frozenset({"q_gram", "k_gram", "v_gram", "k_inverse", "v_inverse", "phases"})
@@ -50,7 +50,7 @@ class GQA:
     kv_heads: int | tuple[int, ...]
     method: Method = "default"
     refit: bool = True
-    polish: bool = True
+    polish: int = 5
 
     def __post_init__(self) -> None:
         counts = self.kv_heads if isinstance(self.kv_heads, tuple) else (self.kv_heads,)
@@ -100,20 +100,23 @@ class GQA:
             parts = _merged(known, weights, _splits(known, weights, groups, 1)[0], None)
         else:
             parts = _searched(known, weights, groups, stats)
-            if self.polish and polishes(site):
-                parts = polish(site, weights, parts, stats)
+            if self._polished(site):
+                parts = polish(site, weights, parts, stats, self.polish)
         made, order = parts.weights(weights), parts.order
         notes: list[str] = []
         if stats is None:
             notes.append("weights only: groups and distances are not measured, the output projection is not refitted")
         elif self.refit:
             made, note = refit(made, measure(stats, made, order.kv_of))
-            notes += [f"{site.name}: {note}"] if note else []
+            notes += [f"{site.name}: {note}"] if note and not self._polished(site) else []
         return Rewritten(replace(self.after(site), kv_of=order.kv_of), made, order.query, tuple(notes))
 
     def lossless(self, site: Site) -> GQA:
         """As many kv heads as there are."""
         return GQA(site.kv_heads)
+
+    def _polished(self, site: Site) -> bool:
+        return self.method == "default" and self.refit and self.polish > 0 and polishes(site)
 
     def _groups(self, site: Site) -> int:
         if isinstance(self.kv_heads, tuple):

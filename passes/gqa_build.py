@@ -96,9 +96,7 @@ class Parts:
         return Heads(torch.einsum("ntij,ntjx->nix", maps, source.weight[pick]), bias, gain)
 
 
-def build(
-    facts: Facts, source: Weights, keys: Sequence[KeyMerge], values: Sequence[ValueMerge], order: Order
-) -> Parts:
+def build(facts: Facts, source: Weights, keys: Sequence[KeyMerge], values: Sequence[ValueMerge], order: Order) -> Parts:
     """The new weights; norms and their gains stay where they are (the merged head is divided by its own length)."""
     site = facts.site
     up = {head: a for merge in keys for head, a in merge.up.items()}

@@ -47,7 +47,7 @@ class Facts:
     k: Gram
     v: Gram
     k_inverse: Tensor
-    """(g,) E[1/ρ] of the key norm; ones without a norm."""
+    """(g,) E[1/rho] of the key norm, rho what it divides by; ones without a norm."""
     v_inverse: Tensor
     far: Tensor
     """(h, d, d) E[e^{i(φ_a - φ_b)Δ}] under attention: how the rope turns errors of the keys."""

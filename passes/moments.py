@@ -64,7 +64,7 @@ def phases(batch: SiteBatch) -> Tensor:
     [0] E_p[e^{i(φ_a - φ_b)Δ}] under the query's attention p, [1] E_p[e^{iφ_a Δ}]·conj(E_p[e^{iφ_b Δ}]),
     [2] as [0] with every visible key equal. Diagonals of [0] and [2] count the queries.
     """
-    p = batch.p()
+    p = batch.p()[..., : batch.k.shape[2]]
     queries = batch.keep if batch.keep is not None and batch.keep.shape == p[:, 0, :, 0].shape else None
     if queries is not None:
         p = p * queries[:, None, :, None]

@@ -22,10 +22,11 @@ from rewrite.site import Operand, Site
 
 TOKENS = 8192
 """Calibration tokens that are looked at."""
-STEPS = 6
-INNER = 16
+INNER = 8
 """Conjugate gradients a step; each costs about three forward passes of the attention."""
 DAMPING = 1e-2
+SETTLED = 0.02
+"""A step that changes the error by less than this part is the last."""
 RIDGE = RIDGES[2]
 
 
@@ -34,28 +35,32 @@ def polishes(site: Site) -> bool:
     operands = (site.q, site.k, site.v)
     plain = all(o.rope is None or o.rope.table is None for o in operands)
     bare = site.v.norm is None and all(o.token_gain is None and o.shift is None for o in operands)
-    return plain and bare and all(a is None or a.tensor is None for a in (site.q.after, site.k.after)) and site.v.after is None
+    return (
+        plain
+        and bare
+        and all(a is None or a.tensor is None for a in (site.q.after, site.k.after))
+        and site.v.after is None
+    )
 
 
-def polish(site: Site, source: Weights, parts: Parts, stats: Stats) -> Parts:
+def polish(site: Site, source: Weights, parts: Parts, stats: Stats, steps: int) -> Parts:
     """The parts with less output error on unseen tokens, or as they were."""
-    white, used = whiten(stats, parts, TOKENS)
-    stage = [*scenes(used, parts, white, source)]
+    white = whiten(stats, parts, TOKENS)
+    stage = [*scenes(stats, parts, white, source, TOKENS)]
     problem = _Problem(stage, parts.gains, source.out_bias is not None)
     maps, out = white.enter(parts), _flat(parts)
-    best = now = problem.solve(maps, out)
+    now = problem.solve(maps, out)
     damping = DAMPING
-    for _ in range(STEPS):
+    for _ in range(steps):
         trial = problem.solve(now.maps.plus(problem.step(now, damping)), out)
-        if trial.fits < now.fits:
-            now, damping = trial, damping / 4
-            best = min(best, now, key=lambda s: s.judges)
-        else:
-            damping *= 16
-    q, k, v = white.leave(best.maps, parts)
-    bias = best.out[:, -1] if parts.out_bias is not None else None
+        gain, worse = 1 - trial.judges / max(now.judges, 1e-300), damping * 16
+        now, damping = (trial, damping / 4) if gain > 0 else (now, worse)
+        if abs(gain) < SETTLED:
+            break
+    q, k, v = white.leave(now.maps, parts)
+    bias = now.out[:, -1] if parts.out_bias is not None else None
     shape = parts.out.shape
-    return replace(parts, q=q, k=k, v=v, out=best.out[:, : shape[1] * shape[2]].reshape(shape), out_bias=bias)
+    return replace(parts, q=q, k=k, v=v, out=now.out[:, : shape[1] * shape[2]].reshape(shape), out_bias=bias)
 
 
 def _flat(parts: Parts) -> Tensor:
@@ -84,7 +89,8 @@ class _Linear:
     k: Tensor
     v: Tensor
     p: Tensor
-    slope: Tensor | float
+    steep: Tensor
+    """p times what a score grows by for a change of q·k"""
     z: Tensor
 
 
@@ -183,7 +189,7 @@ def _run(scene: Scene, maps: Maps, gains: tuple[Tensor, Tensor, Tensor]) -> _Lin
         p = torch.cat([logits, scene.sink], -1).softmax(-1)[..., :-1]
     else:
         p = torch.nan_to_num(logits.softmax(-1))
-    return _Linear(scene, nq, nk, q, k, v, p, slope * scene.scale, p @ v)
+    return _Linear(scene, nq, nk, q, k, v, p, p * (slope * scene.scale), p @ v)
 
 
 def _push(line: _Linear, step: Maps, gains: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -192,7 +198,7 @@ def _push(line: _Linear, step: Maps, gains: tuple[Tensor, Tensor, Tensor]) -> Te
     dq = _placed(site.q, gains[0], line.nq.push(_times(scene.q, step.q)))
     dk = _placed(site.k, gains[1], line.nk.push(_times(scene.k, step.k)))[:, kv]
     dv = _placed(site.v, gains[2], _times(scene.v, step.v))[:, kv]
-    change = (dq @ line.k.transpose(-1, -2) + line.q @ dk.transpose(-1, -2)) * line.slope * line.p
+    change = (dq @ line.k.transpose(-1, -2) + line.q @ dk.transpose(-1, -2)) * line.steep
     # Σ p·change is what the normaliser takes back; (p·change) v - z Σ p·change saves one pass over all scores
     return change @ line.v - line.z * change.sum(-1, keepdim=True) + line.p @ dv
 
@@ -201,7 +207,7 @@ def _pull(line: _Linear, wrong: Tensor, heads: Tensor, gains: tuple[Tensor, Tens
     """Transpose of `_push` behind the output projection: (b, t, outputs) to slopes of the maps."""
     site, scene = line.scene.site, line.scene
     gz = torch.einsum("bto,ohd->bhtd", wrong, heads)
-    gs = (gz @ line.v.transpose(-1, -2) - (gz * line.z).sum(-1, keepdim=True)) * line.p * line.slope
+    gs = (gz @ line.v.transpose(-1, -2) - (gz * line.z).sum(-1, keepdim=True)) * line.steep
     groups = len(gains[1])
     gq = line.nq.pull(_lifted(site.q, gains[0], gs @ line.k))
     gk = line.nk.pull(_lifted(site.k, gains[1], _gathered(gs.transpose(-1, -2) @ line.q, scene.kv_of, groups)))

@@ -83,7 +83,9 @@ class Whitening:
     def leave(self, maps: Maps, like: Parts) -> tuple[Tensor, Tensor, Tensor]:
         """The maps on plain rows."""
         n, t, d = like.k.shape[:3]
-        k, v = (torch.linalg.solve(r.transpose(1, 2), m.transpose(1, 2)) for r, m in ((self.k, maps.k), (self.v, maps.v)))
+        k, v = (
+            torch.linalg.solve(r.transpose(1, 2), m.transpose(1, 2)) for r, m in ((self.k, maps.k), (self.v, maps.v))
+        )
         e = like.v.shape[-1]
         q = torch.linalg.solve(self.q.transpose(1, 2), maps.q.transpose(1, 2)).transpose(1, 2)
         return q, k.reshape(n, t, d, d).transpose(2, 3), v.reshape(n, t, e, e).transpose(2, 3)
@@ -107,23 +109,28 @@ def rows_of(batch: SiteBatch, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
     return heads("q", site.q)[:, list(parts.order.query)], grouped(heads("k", site.k)), grouped(heads("v", site.v))
 
 
-def whiten(stats: Stats, parts: Parts, limit: int) -> tuple[Whitening, list[tuple[SiteBatch, int]]]:
-    """The whitening, and the batches with how many windows of each are used: some of every one, `limit` tokens."""
-    share = min(1.0, limit / max(stats.tokens, 1))
-    sums: list[Tensor] | None = None
-    used: list[tuple[SiteBatch, int]] = []
+def _taken(stats: Stats, limit: int) -> Iterator[tuple[SiteBatch, int]]:
+    """The batches with how many windows of each are used: some of every one, about `limit` tokens."""
+    share, tokens = min(1.0, limit / max(stats.tokens, 1)), 0
     for batch in stats.batches():
         take = max(1, round(batch.q.shape[0] * share))
-        terms = [torch.einsum("bnsi,bnsj->nij", r[:take], r[:take]) for r in map(torch.Tensor.double, rows_of(batch, parts))]
-        sums = terms if sums is None else [a + b for a, b in zip(sums, terms, strict=True)]
-        used.append((batch, take))
-        if sum(n * b.q.shape[2] for b, n in used) >= limit:
-            break
-    if sums is None:
-        raise ValueError("the calibration holds no batch")
-    count = sum(n * b.q.shape[2] for b, n in used)
-    roots = [_root(s / count) for s in sums]
-    return Whitening(roots[0], roots[1], roots[2]), used
+        yield batch, take
+        tokens += take * batch.q.shape[2]
+        if tokens >= limit:
+            return
+
+
+def whiten(stats: Stats, parts: Parts, limit: int) -> Whitening:
+    """The roots of the second moments of what the maps read, on about `limit` tokens."""
+    sums: list[Tensor] = []
+    tokens = 0
+    for batch, take in _taken(stats, limit):
+        rows = [r[:take].double() for r in rows_of(batch, parts)]
+        terms = [torch.einsum("bnsi,bnsj->nij", r, r) for r in rows]
+        sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
+        tokens += take * batch.q.shape[2]
+    q, k, v = (_root(s / tokens) for s in sums)
+    return Whitening(q, k, v)
 
 
 def _root(gram: Tensor) -> Tensor:
@@ -132,17 +139,17 @@ def _root(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky((gram + gram.transpose(1, 2)) / 2 + 1e-6 * size[:, None, None] * eye)
 
 
-def scenes(used: list[tuple[SiteBatch, int]], parts: Parts, white: Whitening, source: Weights) -> Iterator[Scene]:
+def scenes(stats: Stats, parts: Parts, white: Whitening, source: Weights, limit: int) -> Iterator[Scene]:
     """The calibration, one scene a batch; one token of four judges and does not fit."""
     seen = 0
-    for batch, take in used:
+    for batch, take in _taken(stats, limit):
         yield _scene(batch, take, parts, white, source, seen)
         seen += take
 
 
 def _scene(batch: SiteBatch, take: int, parts: Parts, white: Whitening, source: Weights, seen: int) -> Scene:
     site, order = batch.site, list(parts.order.query)
-    p = batch.p()[:take].double()
+    p = batch.p()[:take, ..., : batch.k.shape[2]].double()
     q, k, v = batch.q[:take], batch.k[:take], batch.v[:take]
     kv = list(site.kv_of)
     scale = torch.tensor(site.scale, dtype=torch.float64).expand(site.heads)[:, None, None]

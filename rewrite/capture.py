@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from rewrite.errors import Refused
-from rewrite.examples import Inputs, given, propose
+from rewrite.examples import Inputs, caching, given, propose
 from rewrite.failure import describe
 from rewrite.program import Program
 from rewrite.source import build
@@ -61,10 +61,13 @@ def _module(model: object) -> nn.Module:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Generator[None]:
-    """Eval mode, without gradients; every module's training flag is put back."""
+    """Eval mode, without gradients, without a cache; all of it is put back as it was."""
     flags, silent = [(m, m.training) for m in module.modules()], logging.root.manager.disable
     module.eval()
+    caches = caching(module)
     try:
+        for config in caches:
+            config.use_cache = False
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.disable(logging.ERROR)
@@ -75,6 +78,8 @@ def _evaluating(module: nn.Module) -> Generator[None]:
         logging.disable(silent)
         for m, training in flags:
             m.training = training
+        for config in caches:
+            config.use_cache = True
 
 
 def _static(module: nn.Module, inputs: Any) -> tuple[Inputs, ExportedProgram]:

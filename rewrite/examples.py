@@ -53,6 +53,13 @@ class Sizes:
         return {v for v in found if isinstance(v, int)}
 
 
+def caching(model: nn.Module) -> list[Any]:
+    """The configs, of a model and nested in it, that ask for a cache: an output that is no tensor."""
+    config = getattr(model, "config", None)
+    found = Sizes(config).configs if hasattr(config, "to_dict") else []
+    return [c for _, c in found if getattr(c, "use_cache", None) is True]
+
+
 def _nested(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     yield place, config
     for name, value in vars(config).items():
@@ -158,16 +165,8 @@ def propose(model: nn.Module) -> Iterator[Inputs]:
             made = {name: MAKERS[name][0](sizes) for name in chosen}
             kwargs: dict[str, Any] = {name: given[min(turn, len(given) - 1)] for name, given in made.items()}
             moving = tuple(MAKERS[name][1] for name in chosen)
-            for cache in _cache(names, config):
-                yield Inputs((), {**kwargs, **cache}, (*moving, *([()] * len(cache))), loose=False)
-
-
-def _cache(names: Mapping[str, inspect.Parameter], config: Any) -> list[dict[str, bool]]:
-    """A cache among the outputs is no tensor, so it is switched off where the model can be told to."""
-    if "use_cache" in names:
-        return [{"use_cache": False}]
-    passed_on = any(p.kind is p.VAR_KEYWORD for p in names.values()) and getattr(config, "use_cache", False)
-    return [{"use_cache": False}, {}] if passed_on else [{}]
+            cache = {"use_cache": False} if "use_cache" in names else {}
+            yield Inputs((), {**kwargs, **cache}, (*moving, *([()] * len(cache))), loose=False)
 
 
 def _choices(model: nn.Module, names: Mapping[str, inspect.Parameter], config: Any) -> list[list[str]]:

@@ -20,17 +20,17 @@ RUNTIMES = (
     Runtime(
         frozenset({"stock"}),
         "transformers, as an ordinary checkpoint: AutoModel classes load it, nothing else is needed",
-        "tests/e2e/test_reload.py::test_stock_checkpoint_loads_without_reattn",
+        "tests/e2e/test_folder_bare.py::test_bare_process",
     ),
     Runtime(
         frozenset({"stock", "bound", "view"}),
         "transformers with trust_remote_code=True: one generated modelling file lies beside the weights",
-        "tests/e2e/test_reload.py::test_own_file_loads_without_reattn",
+        "tests/e2e/test_folder_bare.py::test_bare_process",
     ),
     Runtime(
         frozenset({"graph"}),
         "Python, as an fx.GraphModule with the signature of the original",
-        "tests/e2e/test_reload.py::test_graph_module_runs",
+        "tests/unit/test_lower.py::test_graph_equals_the_module_with_repeated_heads",
     ),
 )
 

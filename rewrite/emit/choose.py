@@ -15,12 +15,16 @@ from rewrite.emit import runtime
 from rewrite.emit.edits import edited
 from rewrite.emit.files import dress
 from rewrite.emit.observe import Log, observe, owner
-from rewrite.emit.stock import Changes, Field, config_with, fields, rebuilt, smaller
+from rewrite.emit.stock import Field, Pairs, config_with, fields, rebuilt, smaller
 from rewrite.emit.twin import as_before, in_float, put, table, twin
 from rewrite.emit.validate import differs, kernels, too_much_held
-from rewrite.emit.view import Recipe, recipes, small_tensors
+from rewrite.emit.view import Recipe, projections, recipes, small_tensors
+from rewrite.heads import Rewritten
 from rewrite.layout import Edits
-from rewrite.site import Output
+from rewrite.site import Output, Site
+
+Changes = Mapping[str, tuple[Site, Rewritten]]
+"""Site name -> (the source's site, the target's result)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +127,31 @@ def _prepare(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]
     return Work(source, changes, inputs, full, observe(reference, [s for s, _ in changes.values()], inputs), same)
 
 
+def _pairs(changes: Changes) -> Pairs:
+    return {n: (site, new.site) for n, (site, new) in changes.items()}
+
+
+def forecast(model: PreTrainedModel, pairs: Pairs) -> dict[str, tuple[str, str]]:
+    """Site name -> (form, why not an earlier one) from shapes alone, for a model whose parameters may be on meta.
+
+    Between "grouped" and "view" only a run decides, so what is not stock is called "grouped or view" here.
+    """
+    same = [n for n, (site, new) in pairs.items() if site.k.heads == new.k.heads]
+    taken, reasons = fields(model, pairs, same)
+    forms: dict[str, tuple[str, str]] = {}
+    for name, (site, new) in pairs.items():
+        if name in same or name in taken:
+            forms[name] = ("stock", "")
+            continue
+        made = projections(model, site, new)
+        why = f"stock: {reasons[name]}"
+        forms[name] = ("refused", f"{why}; view: {made}") if isinstance(made, str) else ("grouped or view", why)
+    return forms
+
+
 def _choose_stock(work: Work) -> None:
     """Sites whose own class takes the new number of heads; all of them, proven, or none."""
-    taken, reasons = fields(work.model, work.changes, work.same)
+    taken, reasons = fields(work.model, _pairs(work.changes), work.same)
     for name, reason in reasons.items():
         work.no(name, "stock", reason)
     problem: str | None = None
@@ -146,7 +172,7 @@ def _offer_recipes(work: Work) -> None:
     for name, (site, new) in work.changes.items():
         if name in work.stock or name in work.same:
             continue
-        work.recipes[name], reasons = recipes(work.model, site, new, work.logs[owner(site)], known)
+        work.recipes[name], reasons = recipes(work.model, site, new.site, work.logs[owner(site)], known)
         for form, reason in reasons.items():
             work.no(name, form, reason)
 
@@ -188,7 +214,7 @@ def _build(work: Work, stock: Sequence[str], chosen: Mapping[str, Recipe], *, sh
     """The model with these forms. What ships is a copy of its own and made by the generated file's text."""
     edits = _joined(work.full, [*work.same, *stock, *chosen])
     if stock:
-        small = smaller(work.changes, {n: work.stock[n] for n in stock}, edits, last=work.last)
+        small = smaller(_pairs(work.changes), {n: work.stock[n] for n in stock}, edits, last=work.last)
         if isinstance(small, str):
             return small
         made = rebuilt(work.model, config_with(work.model.config, work.stock), small)
@@ -204,7 +230,7 @@ def _build(work: Work, stock: Sequence[str], chosen: Mapping[str, Recipe], *, sh
     tensors = table(work.model)
     for name in chosen:
         site, new = work.changes[name]
-        for tensor, value in small_tensors(site, new, work.full[name], tensors).items():
+        for tensor, value in small_tensors(site, new.site, work.full[name], tensors).items():
             put(made, tensor, value)
     return made
 

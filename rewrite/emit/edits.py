@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewrite.heads import Rewritten
 from rewrite.layout import Edits, axis_map, expanded, kv_slots, only_root, repeats
-from rewrite.site import Affine, IntArray, Operand, Output, Sink, Site, Tensors
+from rewrite.site import Affine, IntArray, Sink, Site, Tensors
 
 
 def edited(site: Site, new: Rewritten, tensors: Tensors) -> Edits:
@@ -88,13 +88,3 @@ def repeated_rows(site: Site, kv_of: Sequence[int], tensors: Tensors) -> Mapping
             return f"{name} of shape {tuple(tensors(name).shape)} holds its kv heads neither in rows nor in columns"
         found[name] = along
     return found
-
-
-def operands(site: Site) -> tuple[Operand, Operand, Operand]:
-    """q, k and v."""
-    return site.q, site.k, site.v
-
-
-def out_tensor(site: Site) -> str | None:
-    """The output projection's matrix, where it is known."""
-    return site.out.root.tensor if isinstance(site.out, Output) else None

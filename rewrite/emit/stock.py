@@ -17,12 +17,12 @@ from transformers.initialization import no_init_weights
 
 from rewrite.emit.edits import dropped, without
 from rewrite.emit.twin import put, table
-from rewrite.heads import Rewritten
 from rewrite.layout import Edits, only_root
 from rewrite.site import Site
 
 Shapes = dict[str, tuple[int, ...]]
-Changes = Mapping[str, tuple[Site, Rewritten]]
+Pairs = Mapping[str, tuple[Site, Site]]
+"""Site name -> (the source's site, what becomes of it)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,28 +50,26 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
 
 
-def fields(
-    model: PreTrainedModel, changes: Changes, same: Sequence[str] = ()
-) -> tuple[dict[str, Field], dict[str, str]]:
+def fields(model: PreTrainedModel, pairs: Pairs, same: Sequence[str] = ()) -> tuple[dict[str, Field], dict[str, str]]:
     """(site name -> field that makes it stock, site name -> why there is none); `same` sites need no field."""
     old = shapes_of(model)
     taken: dict[str, Field] = {}
     reasons: dict[str, str] = {}
     tried: dict[tuple[tuple[str, ...], str, int], Shapes | None] = {}
-    for name, (site, new) in changes.items():
+    for name, (site, new) in pairs.items():
         if name in taken or name in same:
             continue
         for path, spelling, field in _candidates(model.config, site.k.heads):
-            key = (path, field, new.site.k.heads)
+            key = (path, field, new.k.heads)
             if key not in tried:
-                tried[key] = _effect(model, old, path, field, new.site.k.heads)
+                tried[key] = _effect(model, old, path, field, new.k.heads)
             follows = tried[key]
             if not follows or only_root(site.k).tensor not in follows:
                 continue
-            served = [n for n, (s, _) in changes.items() if only_root(s.k).tensor in follows]
-            why = _fits(changes, served, follows, spelling)
+            served = [n for n, (s, _) in pairs.items() if only_root(s.k).tensor in follows]
+            why = _fits(pairs, served, follows, spelling)
             if why is None:
-                taken |= dict.fromkeys(served, Field(path, field, new.site.k.heads, site.k.dim, follows))
+                taken |= dict.fromkeys(served, Field(path, field, new.k.heads, site.k.dim, follows))
                 break
             reasons[name] = why
         else:
@@ -133,15 +131,15 @@ def _effect(model: PreTrainedModel, old: Shapes, path: tuple[str, ...], field: s
     return {n: s for n, s in new.items() if s != old[n]} if new.keys() == old.keys() else None
 
 
-def _fits(changes: Changes, served: Sequence[str], follows: Shapes, field: str) -> str | None:
+def _fits(pairs: Pairs, served: Sequence[str], follows: Shapes, field: str) -> str | None:
     """Why the field cannot serve these sites: it must change their k and v and nothing else, to one number."""
-    counts = sorted({changes[n][1].site.k.heads for n in served})
+    counts = sorted({pairs[n][1].k.heads for n in served})
     if len(counts) > 1:
         return f"{field} is one number for all layers, these keep {', '.join(map(str, counts))} kv heads"
     explained: set[str] = set()
     for name in served:
-        site, new = changes[name]
-        gone = dropped(site, new.site.kv_of, last=False)
+        site, new = pairs[name]
+        gone = dropped(site, new.kv_of, last=False)
         explained |= set(gone)
         for tensor in {only_root(o).tensor for o in (site.k, site.v)}:
             if tensor not in follows:
@@ -154,12 +152,12 @@ def _fits(changes: Changes, served: Sequence[str], follows: Shapes, field: str) 
     return None
 
 
-def smaller(changes: Changes, taken: Mapping[str, Field], full: Edits, *, last: bool) -> Edits | str:
+def smaller(pairs: Pairs, taken: Mapping[str, Field], full: Edits, *, last: bool) -> Edits | str:
     """The edited tensors in the shapes that the new config asks for; which of equal heads stays is `last`."""
     out = dict(full)
     for name, field in taken.items():
-        site, new = changes[name]
-        for tensor, gone in dropped(site, new.site.kv_of, last=last).items():
+        site, new = pairs[name]
+        for tensor, gone in dropped(site, new.kv_of, last=last).items():
             if tensor not in field.shapes:
                 continue
             made = without(full[tensor], gone, field.shapes[tensor])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -182,12 +182,12 @@ def _training(names: list[str], model: PreTrainedModel, inputs: Inputs) -> list[
         loss = torch.stack([v.float().square().mean() for v in values]).sum()
         own = dict(model.named_parameters())
         leaves = [own[n] for n in names]
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
     finally:
         model.train(was)
     out = [(v.detach(), LIMIT) for v in values]
     # together: what is zero but for rounding (the gradient of a k bias) has no relative error of its own
-    flat = [torch.zeros(1) if g is None else g.reshape(-1) for g in gradients]
+    flat = [g.reshape(-1) for g in gradients if g is not None]
     return [*out, (torch.cat(flat), GRADIENT_LIMIT)] if flat else out
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from rewrite.emit.edits import head_gains, repeated_rows
 from rewrite.emit.observe import Log, owner
-from rewrite.heads import Rewritten
 from rewrite.layout import kv_slots
 from rewrite.site import IntArray, Site
 
@@ -22,7 +21,7 @@ Recipe = dict[str, Any]
 
 
 def recipes(
-    model: nn.Module, site: Site, new: Rewritten, log: Log, kernels: Sequence[str]
+    model: nn.Module, site: Site, new: Site, log: Log, kernels: Sequence[str]
 ) -> tuple[list[Recipe], dict[str, str]]:
     """(the site's recipes, those that save time first; form -> why it is not among them)."""
     why = "not called by the example" if not log.called else _one_place(log)
@@ -65,14 +64,14 @@ def _ungrouped(module: nn.Module, site: Site, keep: Sequence[int], of: Sequence[
     return None
 
 
-def heads_shown(site: Site, new: Rewritten, seen: Sequence[tuple[Tensor, Tensor]]) -> list[int] | str:
+def heads_shown(site: Site, new: Site, seen: Sequence[tuple[Tensor, Tensor]]) -> list[int] | str:
     """For each head that the module gives to its cache the number of the head that it equals."""
-    shown = kv_slots(site, new.site.kv_of)
+    shown = kv_slots(site, new.kv_of)
     order = list(dict.fromkeys(shown))
     guesses = [[order.index(s) for s in shown]]
     count = {t.shape[1] for pair in seen for t in pair}
     if count == {site.heads} and site.heads != len(shown):
-        guesses = [[order.index(s) for s in new.site.kv_of]]
+        guesses = [[order.index(s) for s in new.kv_of]]
     if count != {len(guesses[0])}:
         return f"its cache is given {sorted(count)} heads, the site has {len(shown)} kv heads"
     for of in guesses:
@@ -86,10 +85,10 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-5 * a.abs().max().clamp_min(1e-30))
 
 
-def projections(model: nn.Module, site: Site, new: Rewritten) -> list[Recipe] | str:
+def projections(model: nn.Module, site: Site, new: Site) -> list[Recipe] | str:
     """The projections with fewer rows, each with its new shapes and the runs by which it repeats them."""
     table: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    maps = repeated_rows(site, new.site.kv_of, table.__getitem__)
+    maps = repeated_rows(site, new.kv_of, table.__getitem__)
     if isinstance(maps, str):
         return maps
     made: dict[str, Recipe] = {}
@@ -130,11 +129,9 @@ def runs(index: IntArray) -> list[list[int]]:
     return [[int(part[0]), len(part)] for part in np.split(index, cuts)]
 
 
-def small_tensors(
-    site: Site, new: Rewritten, full: Mapping[str, Tensor], tables: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def small_tensors(site: Site, new: Site, full: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The edited tensors as the recipe's projections hold them: without their repeats."""
-    maps = repeated_rows(site, new.site.kv_of, tables.__getitem__)
+    maps = repeated_rows(site, new.kv_of, tables.__getitem__)
     if isinstance(maps, str):
         raise ValueError(maps)
     out = dict(full)

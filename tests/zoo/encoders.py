@@ -72,8 +72,18 @@ PAIRS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("plbart", "PLBartConfig", "PLBartForConditionalGeneration", {}),
     ("nllb-moe", "NllbMoeConfig", "NllbMoeForConditionalGeneration", {"num_experts": 4}),
     ("led", "LEDConfig", "LEDForConditionalGeneration", {"attention_window": 4, "max_encoder_position_embeddings": 64}),
-    ("bigbird_pegasus", "BigBirdPegasusConfig", "BigBirdPegasusForConditionalGeneration", {"attention_type": "original_full"}),
-    ("fsmt", "FSMTConfig", "FSMTForConditionalGeneration", {"src_vocab_size": 128, "tgt_vocab_size": 128, "langs": ["a", "b"]}),
+    (
+        "bigbird_pegasus",
+        "BigBirdPegasusConfig",
+        "BigBirdPegasusForConditionalGeneration",
+        {"attention_type": "original_full"},
+    ),
+    (
+        "fsmt",
+        "FSMTConfig",
+        "FSMTForConditionalGeneration",
+        {"src_vocab_size": 128, "tgt_vocab_size": 128, "langs": ["a", "b"]},
+    ),
     ("mvp", "MvpConfig", "MvpForConditionalGeneration", {}),
 ]
 
@@ -83,7 +93,12 @@ TS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("mt5", "MT5Config", "MT5ForConditionalGeneration", {}),
     ("umt5", "UMT5Config", "UMT5ForConditionalGeneration", {}),
     ("longt5", "LongT5Config", "LongT5ForConditionalGeneration", {}),
-    ("switch_transformers", "SwitchTransformersConfig", "SwitchTransformersForConditionalGeneration", {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}),
+    (
+        "switch_transformers",
+        "SwitchTransformersConfig",
+        "SwitchTransformersForConditionalGeneration",
+        {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+    ),
     ("t5-encoder", "T5Config", "T5EncoderModel", {}),
 ]
 
@@ -104,7 +119,5 @@ ENCODERS = [
 SEQ2SEQS = [
     *entries("seq2seq", SEQ2SEQ, PAIRS, ONLY),
     *entries("seq2seq", T5, TS, ONLY),
-    *entries(
-        "seq2seq", PROPHET, [("prophetnet", "ProphetNetConfig", "ProphetNetForConditionalGeneration", {})], ONLY
-    ),
+    *entries("seq2seq", PROPHET, [("prophetnet", "ProphetNetConfig", "ProphetNetForConditionalGeneration", {})], ONLY),
 ]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.spellings import D, H, HD, Separate, angles, causal, half_turn, heads, merged
+from tests.zoo.spellings import HD, D, H, Separate, angles, causal, half_turn, heads, merged
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

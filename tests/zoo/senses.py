@@ -31,11 +31,64 @@ EYES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("videomae", "VideoMAEConfig", "VideoMAEModel", {"num_frames": 4}),
     ("vivit", "VivitConfig", "VivitModel", {"num_frames": 4, "tubelet_size": [2, 8, 8]}),
     ("timesformer", "TimesformerConfig", "TimesformerModel", {"num_frames": 4}),
-    ("sam-vision", "SamVisionConfig", "SamVisionModel", {"global_attn_indexes": [1], "window_size": 2, "output_channels": 16}),
-    ("hiera", "HieraConfig", "HieraModel", {"image_size": [32, 32], "embed_dim": 32, "depths": [1, 1], "num_heads": [1, 2], "query_stride": [2, 2], "num_query_pool": 1, "patch_stride": [4, 4], "patch_size": [7, 7], "masked_unit_size": [4, 4]}),
-    ("segformer", "SegformerConfig", "SegformerModel", {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [32, 64], "num_attention_heads": [2, 4], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}),
-    ("pvt", "PvtConfig", "PvtModel", {"num_encoder_blocks": 2, "depths": [1, 1], "sequence_reduction_ratios": [2, 1], "hidden_sizes": [32, 64], "num_attention_heads": [2, 4], "patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [2, 2]}),
-    ("mobilevit", "MobileViTConfig", "MobileViTModel", {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 16, 24, 32, 40, 64], "image_size": 64}),
+    (
+        "sam-vision",
+        "SamVisionConfig",
+        "SamVisionModel",
+        {"global_attn_indexes": [1], "window_size": 2, "output_channels": 16},
+    ),
+    (
+        "hiera",
+        "HieraConfig",
+        "HieraModel",
+        {
+            "image_size": [32, 32],
+            "embed_dim": 32,
+            "depths": [1, 1],
+            "num_heads": [1, 2],
+            "query_stride": [2, 2],
+            "num_query_pool": 1,
+            "patch_stride": [4, 4],
+            "patch_size": [7, 7],
+            "masked_unit_size": [4, 4],
+        },
+    ),
+    (
+        "segformer",
+        "SegformerConfig",
+        "SegformerModel",
+        {
+            "num_encoder_blocks": 2,
+            "depths": [1, 1],
+            "sr_ratios": [2, 1],
+            "hidden_sizes": [32, 64],
+            "num_attention_heads": [2, 4],
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "mlp_ratios": [2, 2],
+        },
+    ),
+    (
+        "pvt",
+        "PvtConfig",
+        "PvtModel",
+        {
+            "num_encoder_blocks": 2,
+            "depths": [1, 1],
+            "sequence_reduction_ratios": [2, 1],
+            "hidden_sizes": [32, 64],
+            "num_attention_heads": [2, 4],
+            "patch_sizes": [4, 2],
+            "strides": [4, 2],
+            "mlp_ratios": [2, 2],
+        },
+    ),
+    (
+        "mobilevit",
+        "MobileViTConfig",
+        "MobileViTModel",
+        {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 16, 24, 32, 40, 64], "image_size": 64},
+    ),
     ("dpt", "DPTConfig", "DPTModel", {}),
     ("resnet", "ResNetConfig", "ResNetModel", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}),
 ]
@@ -46,11 +99,21 @@ EARS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("wavlm", "WavLMConfig", "WavLMModel", {}),
     ("unispeech", "UniSpeechConfig", "UniSpeechModel", {}),
     ("unispeech-sat", "UniSpeechSatConfig", "UniSpeechSatModel", {}),
-    ("data2vec-audio", "Data2VecAudioConfig", "Data2VecAudioModel", {"conv_pos_kernel_size": 5, "num_conv_pos_embeddings": 2}),
+    (
+        "data2vec-audio",
+        "Data2VecAudioConfig",
+        "Data2VecAudioModel",
+        {"conv_pos_kernel_size": 5, "num_conv_pos_embeddings": 2},
+    ),
     ("wav2vec2-conformer", "Wav2Vec2ConformerConfig", "Wav2Vec2ConformerModel", {}),
     ("sew", "SEWConfig", "SEWModel", {"squeeze_factor": 2}),
     ("wav2vec2-bert", "Wav2Vec2BertConfig", "Wav2Vec2BertModel", {"feature_projection_input_dim": 20}),
-    ("audio-spectrogram", "ASTConfig", "ASTModel", {"max_length": 32, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8, "time_stride": 8}),
+    (
+        "audio-spectrogram",
+        "ASTConfig",
+        "ASTModel",
+        {"max_length": 32, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8, "time_stride": 8},
+    ),
 ]
 
 WHISPER: dict[str, Any] = {
@@ -63,8 +126,27 @@ WHISPER: dict[str, Any] = {
 SCRIBES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("whisper", "WhisperConfig", "WhisperForConditionalGeneration", {}),
     ("whisper-ctc", "WhisperConfig", "WhisperForAudioClassification", {}),
-    ("speech_to_text", "Speech2TextConfig", "Speech2TextForConditionalGeneration", {"input_feat_per_channel": 16, "conv_channels": 32, "max_source_positions": 64}),
-    ("moonshine", "MoonshineConfig", "MoonshineForConditionalGeneration", {"hidden_size": 64, "intermediate_size": 128, "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2, "encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4, "encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4}),
+    (
+        "speech_to_text",
+        "Speech2TextConfig",
+        "Speech2TextForConditionalGeneration",
+        {"input_feat_per_channel": 16, "conv_channels": 32, "max_source_positions": 64},
+    ),
+    (
+        "moonshine",
+        "MoonshineConfig",
+        "MoonshineForConditionalGeneration",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "encoder_num_hidden_layers": 2,
+            "decoder_num_hidden_layers": 2,
+            "encoder_num_attention_heads": 4,
+            "decoder_num_attention_heads": 4,
+            "encoder_num_key_value_heads": 4,
+            "decoder_num_key_value_heads": 4,
+        },
+    ),
 ]
 
 WORDS: dict[str, Any] = {
@@ -79,12 +161,38 @@ BOTH: list[tuple[str, str, str, dict[str, Any]]] = [
     ("siglip", "SiglipConfig", "SiglipModel", TWO),
     ("altclip", "AltCLIPConfig", "AltCLIPModel", TWO),
     ("chinese_clip", "ChineseCLIPConfig", "ChineseCLIPModel", TWO),
-    ("blip", "BlipConfig", "BlipForConditionalGeneration", {**TWO, "text_config": {**WORDS, "encoder_hidden_size": 64}}),
+    (
+        "blip",
+        "BlipConfig",
+        "BlipForConditionalGeneration",
+        {**TWO, "text_config": {**WORDS, "encoder_hidden_size": 64}},
+    ),
     ("git", "GitConfig", "GitForCausalLM", {**WORDS, "vision_config": EYE}),
     ("vilt", "ViltConfig", "ViltModel", {**WORDS, **EYE}),
-    ("bridgetower", "BridgeTowerConfig", "BridgeTowerModel", {**WORDS, "text_config": WORDS, "vision_config": {**EYE, "hidden_size": 64}}),
-    ("lxmert", "LxmertConfig", "LxmertModel", {**WORDS, "l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 20}),
-    ("flava", "FlavaConfig", "FlavaModel", {"text_config": WORDS, "image_config": EYE, "multimodal_config": {**WORDS}, "hidden_size": 64, "projection_dim": 32}),
+    (
+        "bridgetower",
+        "BridgeTowerConfig",
+        "BridgeTowerModel",
+        {**WORDS, "text_config": WORDS, "vision_config": {**EYE, "hidden_size": 64}},
+    ),
+    (
+        "lxmert",
+        "LxmertConfig",
+        "LxmertModel",
+        {**WORDS, "l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 20},
+    ),
+    (
+        "flava",
+        "FlavaConfig",
+        "FlavaModel",
+        {
+            "text_config": WORDS,
+            "image_config": EYE,
+            "multimodal_config": {**WORDS},
+            "hidden_size": 64,
+            "projection_dim": 32,
+        },
+    ),
     ("visual_bert", "VisualBertConfig", "VisualBertModel", {**WORDS, "visual_embedding_dim": 20}),
 ]
 
@@ -96,7 +204,10 @@ EAGER = (
 
 ONLY = dict.fromkeys(EAGER, "eager")
 
-WINDOWS: list[tuple[str, str, str, dict[str, Any]]] = [("swin", "SwinConfig", "SwinModel", {}), ("swinv2", "Swinv2Config", "Swinv2Model", {})]
+WINDOWS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("swin", "SwinConfig", "SwinModel", {}),
+    ("swinv2", "Swinv2Config", "Swinv2Model", {}),
+]
 
 VISION = [
     *entries("vision", IMAGE, EYES, ONLY),

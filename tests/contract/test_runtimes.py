@@ -1,0 +1,28 @@
+"""Every line that a plan prints about what loads the result is held by a test that exists."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from rewrite.runtimes import RUNTIMES, Runtime, runtimes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda r: r.line[:30])
+def test_the_test_exists(runtime: Runtime):
+    path, _, name = runtime.test.partition("::")
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    ("forms", "trust"), [({"stock"}, False), ({"stock", "bound"}, True), ({"view"}, True), ({"stock", "view"}, True)]
+)
+def test_code_in_the_folder_is_told(forms: set[str], trust: bool):
+    assert ("trust_remote_code" in " ".join(runtimes(forms))) == trust
+
+
+def test_nothing_is_claimed_for_what_is_not_known():
+    assert runtimes(set()) == runtimes({""}) == runtimes({"new"}) == ()

@@ -1,0 +1,68 @@
+"""Every attention that a model of the zoo runs is found and proven; what is not is listed here, with its reason."""
+
+import pytest
+
+from passes.find import Found, find
+from rewrite.capture import capture
+from tests.zoo import ENTRIES, REFUSED, Entry, count_by_execution
+
+QUICK = {
+    "llama-sdpa", "llama-gqa-eager", "mistral-sdpa", "mixtral-eager", "qwen3-sdpa", "qwen3-gqa-eager", "gemma2-eager",
+    "gemma3_text-sdpa", "phi3-sdpa", "gpt2-sdpa", "gpt2-eager", "gpt_neox-eager", "gptj-eager", "opt-sdpa",
+    "bloom-eager", "mpt-eager", "gpt_bigcode-eager", "olmo2-sdpa", "cohere-eager", "granite-sdpa", "gpt_oss-eager",
+    "bert-sdpa", "bert-eager", "deberta-v2-eager", "modernbert-sdpa", "nomic_bert-eager", "t5-eager", "t5-sdpa",
+    "bart-sdpa", "vit-eager", "dinov2-sdpa", "swinv2-eager", "swin-sdpa", "wav2vec2-sdpa", "wavlm-eager",
+    "whisper-eager", "clip-sdpa", "mamba-eager",
+}  # fmt: skip
+"""The rest is marked slow."""
+
+MISSES: dict[str, tuple[int, str]] = {
+    "wavlm-eager": (0, "the bias is computed from the query or from another activation"),
+    "xlnet-eager": (0, "the scores are a sum over 2 products"),
+    "doge-sdpa": (0, "the bias is computed from the query or from another activation"),
+    "doge-eager": (0, "the bias is computed from the query or from another activation"),
+}
+"""Name -> how many are proven all the same, and the reason that the others are refused with."""
+
+UNCAPTURED = {"longcat-sdpa", "longcat-eager", "jetmoe-sdpa", "jetmoe-eager"}
+"""Experts that are chosen by reading a tensor's values on the host."""
+
+
+def found(entry: Entry) -> tuple[Found, int]:
+    model, inputs = entry.build()
+    own = None if hasattr(model, "config") else inputs
+    return find(capture(model, own, dynamic=False).static), count_by_execution(model, inputs)
+
+
+def marked(entry: Entry) -> object:
+    quick = entry.family == "hand-written" or entry.name in QUICK
+    return pytest.param(entry, id=entry.name, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("entry", [marked(e) for e in ENTRIES if e.name not in UNCAPTURED])
+def test_as_many_are_proven_as_are_run(entry: Entry):
+    result, executed = found(entry)
+    proven, reason = MISSES.get(entry.name, (executed, ""))
+    why = [f"{r.name}: {r.refusal.reason}" for r in result.refused]
+    assert len(result.sites) == proven, why
+    assert len({s.name for s in result.sites}) == len(result.sites)
+    if proven < executed:
+        assert any(reason in text for text in why), why
+
+
+@pytest.mark.parametrize("entry", REFUSED, ids=lambda e: e.name)
+def test_what_no_description_holds_is_refused(entry: Entry):
+    result, _ = found(entry)
+    assert not result.sites
+    for refused in result.refused:
+        assert refused.refusal.reason[0].islower()
+        assert refused.refusal.where.startswith("hostile.py:")
+
+
+def test_the_tables_name_what_there_is():
+    names = {e.name for e in ENTRIES}
+    assert names >= {*QUICK, *MISSES, *UNCAPTURED}
+    assert len(names) == len(ENTRIES)
+    types = {e.name.removesuffix("-sdpa").removesuffix("-eager") for e in ENTRIES if e.family != "hand-written"}
+    assert len(types) >= 80
+    assert sum(e.family == "hand-written" for e in ENTRIES) >= 21
