@@ -5,7 +5,6 @@ before: k_i, v_i for every kv head          after: one k, v a group; W_q, W_o ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 

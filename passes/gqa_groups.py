@@ -20,7 +20,7 @@ def neighbours(heads: int, groups: int) -> Grouping:
 
 
 def cheapest(heads: int, groups: int, cost: Callable[[Group], float], most: int) -> tuple[Grouping, ...]:
-    """At most `most` splits, the cheapest first; neighbours are always among them."""
+    """At most `most` splits, the cheapest first; neighbours are among them where there is room for two."""
     size = heads // groups
     known = cache(cost)
 
@@ -33,7 +33,7 @@ def cheapest(heads: int, groups: int, cost: Callable[[Group], float], most: int)
         found = _searched(heads, size, known, total)
     ordered = sorted(found, key=lambda split: (total(split), split))[:most]
     plain = neighbours(heads, groups)
-    return tuple(ordered) if plain in ordered else (*ordered[: most - 1], plain)
+    return tuple(ordered) if plain in ordered or most == 1 else (*ordered[: most - 1], plain)
 
 
 def _count(heads: int, size: int) -> int:

@@ -269,7 +269,8 @@ def _gauged(facts: Facts, merge: KeyMerge) -> KeyMerge:
     t = torch.arange(len(merge.members))
     there = k[t, :, t].diagonal(dim1=-2, dim2=-1).mean(0)
     scale = torch.ones_like(z)
-    for part in [*(_pairs(facts) if _pairs(facts) is not None else []), *_plain(facts)[:, None]]:
+    pairs = _pairs(facts)
+    for part in [*(() if pairs is None else pairs), *_plain(facts)[:, None]]:
         now, wanted = float(z[part].sum()), float(there[part].sum())
         scale[part] = (wanted / now) ** 0.5 if now > 1e-200 and wanted > 1e-200 else 1.0
     up = {head: a / scale[:, None] for head, a in merge.up.items()}

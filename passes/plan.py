@@ -260,8 +260,13 @@ def _cells(row: SiteRow, each: int, wanted: bool) -> list[str]:
 
     cache = both(row.cache_before * each, row.cache_after * each, memory) if row.cache_before else "–"
     after = row.after if row.converted else "unchanged"
-    note = f"{row.form} ({row.note})" if row.form and row.note else row.form or row.note
-    return [row.before, after if wanted else "", cache, both(row.parameters_before, row.parameters_after, number), note]
+    return [
+        row.before,
+        after if wanted else "",
+        cache,
+        both(row.parameters_before, row.parameters_after, number),
+        row.remark,
+    ]
 
 
 def _refusal(r: Refusal) -> dict[str, str]:

@@ -166,7 +166,7 @@ def _html_rows(sites: Sequence[SiteRow]) -> list[str]:
         bar = "" if s.error is None else _bar(s.error, s.error / top)
         cells = [name, s.before, s.after if s.converted else "unchanged", f"{s.cache_before} → {s.cache_after}"]
         text = "".join(f"<td>{html.escape(c)}" for c in cells)
-        rows.append(f'<tr class="{"" if s.converted else "same"}">{text}<td>{bar}<td>{html.escape(s.note)}</tr>')
+        rows.append(f'<tr class="{"" if s.converted else "same"}">{text}<td>{bar}<td>{html.escape(s.remark)}</tr>')
     return rows
 
 

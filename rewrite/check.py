@@ -81,7 +81,17 @@ def check(
     if cache is None and not broken and not _generates(original):
         notes.append("kv cache not measured: the model does not generate text")
     return _checked(
-        sums, differences, _sizes(original, converted), cache, exact, limit, max_loss, broken, tuple(notes), seed
+        sums,
+        differences,
+        _sizes(original, converted),
+        _kind(original),
+        cache,
+        exact,
+        limit,
+        max_loss,
+        broken,
+        tuple(notes),
+        seed,
     )
 
 
@@ -225,7 +235,13 @@ def _caches(original: nn.Module, converted: nn.Module, ids: Tensor | None) -> tu
 
 
 def _sizes(original: nn.Module, converted: nn.Module) -> Pair:
-    return Pair(*(float(sum(p.numel() * p.element_size() for p in m.parameters())) for m in (original, converted)))
+    return Pair(*(float(sum(p.numel() for p in m.parameters())) for m in (original, converted)))
+
+
+def _kind(model: nn.Module) -> str:
+    return str(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)).removeprefix(
+        "torch."
+    )
 
 
 def interval(sums: Sequence[tuple[int, float, float]], seed: int) -> tuple[float, float] | None:
@@ -245,7 +261,8 @@ def interval(sums: Sequence[tuple[int, float, float]], seed: int) -> tuple[float
 def _checked(
     sums: Sequence[_Sums],
     differences: Sequence[tuple[float, float]],
-    weights: Pair,
+    parameters: Pair,
+    kind: str,
     cache: tuple[Pair, int] | None,
     exact: float | None,
     limit: float,
@@ -266,8 +283,9 @@ def _checked(
         difference=_relative(pairs),
         lossless=exact,
         lossless_limit=limit,
-        weights=weights,
+        parameters=parameters,
         cache=cache[0] if cache else None,
+        kind=kind,
         cache_tokens=cache[1] if cache else 0,
         max_loss=max_loss,
         broken=broken,

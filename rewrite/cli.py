@@ -237,6 +237,9 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
         )
     report = made.rewrite_report
     failed = report.checked is not None and bool(report.checked.failures)
+    if failed:
+        kept = max(options.out.parent.glob(f"{options.out.name}.failed*"), key=lambda p: p.stat().st_mtime_ns)
+        print(f"there is no {options.out}; the result is kept in {kept}", file=sys.stderr)
     return (report.json() if options.json else report.text()), int(failed)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rewrite.record import from_json, to_json
-from rewrite.table import change, columns, fold, memory, size
+from rewrite.table import change, columns, fold, memory, number
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class SiteRow:
     """Why it stays, or what its form costs."""
     error: float | None = None
     """Squared error of the attention's output relative to its energy, on the calibration text."""
+
+    @property
+    def remark(self) -> str:
+        """Form and note in one cell: stock, or bound (why not stock)."""
+        return f"{self.form} ({self.note})" if self.form and self.note else self.form or self.note
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,11 @@ class Checked:
     lossless: float | None
     """The same after a conversion at the setting that loses nothing."""
     lossless_limit: float
-    weights: Pair
-    """Bytes of all parameters."""
+    parameters: Pair
     cache: Pair | None
-    """Bytes that the cache held after generating."""
+    """Bytes that the cache held after generating, in the type that the check computed in."""
+    kind: str
+    """That type: float32."""
     cache_tokens: int
     """Tokens that this cache was for."""
     max_loss: float | None
@@ -118,12 +124,14 @@ class Checked:
         return text
 
     def _sizes(self) -> list[list[str]]:
-        w = self.weights
-        rows = [["weights", size(w.before), size(w.after), change(w.before, w.after)]]
+        p = self.parameters
+        rows = [["parameters", number(p.before), number(p.after), change(p.before, p.after)]]
         if self.cache is not None:
             c = self.cache
             label = f"kv cache, {self.cache_tokens} tokens"
-            rows.append([label, memory(c.before), memory(c.after), change(c.before, c.after) + "  measured"])
+            rows.append(
+                [label, memory(c.before), memory(c.after), f"{change(c.before, c.after)}  measured in {self.kind}"]
+            )
         return rows
 
 
@@ -240,5 +248,5 @@ def site_table(sites: Sequence[SiteRow]) -> str:
         s = sites[at]
         cache = f"{s.cache_before} → {s.cache_after}" if s.converted else str(s.cache_before)
         after = s.after if s.converted else "unchanged"
-        rows.append([name, s.before, after, cache, "" if s.error is None else f"{s.error:.2g}", s.note])
+        rows.append([name, s.before, after, cache, "" if s.error is None else f"{s.error:.2g}", s.remark])
     return columns(rows)

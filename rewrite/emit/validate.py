@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -182,7 +182,7 @@ def _training(names: list[str], model: PreTrainedModel, inputs: Inputs) -> list[
         loss = torch.stack([v.float().square().mean() for v in values]).sum()
         own = dict(model.named_parameters())
         leaves = [own[n] for n in names]
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+        gradients: Any = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
     finally:
         model.train(was)
     out = [(v.detach(), LIMIT) for v in values]

@@ -21,8 +21,9 @@ CHECKED = Checked(
     difference=0.12,
     lossless=2e-6,
     lossless_limit=1e-5,
-    weights=Pair(13.5e9, 11.9e9),
+    parameters=Pair(6.74e9, 5.93e9),
     cache=Pair(64 * 1024, 16 * 1024),
+    kind="float32",
     cache_tokens=63,
     max_loss=None,
 )

@@ -1,4 +1,4 @@
-"""Modules that look like attention with one thing that no description holds: each must be refused, with its sentence."""
+"""Modules that look like attention with one thing that no description holds: each must be refused, and say why."""
 
 from __future__ import annotations
 
