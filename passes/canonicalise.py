@@ -156,7 +156,7 @@ def _examples(ep: ExportedProgram, inputs: list[fx.Node]) -> dict[fx.Node, Any]:
 
 def _reordered(ep: ExportedProgram) -> Any:
     """Example inputs as (args, kwargs) with the keywords in the order of the call that was traced."""
-    args, kwargs = ep.example_inputs
+    args, kwargs = ep.example_inputs or ((), {})
     spec = ep.call_spec.in_spec
     names = spec.children()[1].context if spec is not None else list(kwargs)
     return args, [kwargs[name] for name in names if name in kwargs]

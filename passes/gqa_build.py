@@ -126,7 +126,7 @@ def _queries(facts: Facts, heads: Heads, up: Tensor) -> tuple[Tensor, Tensor]:
     gain = heads.gain
     if facts.site.q.norm is not None and facts.site.q.norm.over == "row" and own(facts.site.q.gain):
         gain = gain * _growth(facts, gain, up)
-    return _over(gain)[..., None] * up * heads.gain[:, None, :], gain
+    return _over(gain)[..., None] * up * heads.gain[:, None, :] @ _centring(facts.site.q), gain
 
 
 def _growth(facts: Facts, gain: Tensor, up: Tensor) -> Tensor:
@@ -142,6 +142,13 @@ def _growth(facts: Facts, gain: Tensor, up: Tensor) -> Tensor:
         ratio[:, pairs[:, 0]] = both
         ratio[:, pairs[:, 1]] = both
     return ratio
+
+
+def _centring(operand: Operand) -> Tensor:
+    """What a layer norm takes away first must not come back in another direction through a map: (d, d)."""
+    eye = torch.eye(operand.dim, dtype=torch.float64)
+    centred = operand.norm is not None and operand.norm.kind == "layer" and operand.norm.over == "head"
+    return eye - 1 / operand.dim if centred else eye
 
 
 def _positive(x: Tensor) -> Tensor:
@@ -166,7 +173,7 @@ def _merged(
         new = gain[0] if bool((gain == gain[:1]).all()) else gain.square().mean(0).sqrt() * gain[0].sign()
         factor = gain * (inverse[pick] / inverse[pick].mean())[:, None]
         gains.append(new)
-        maps.append(_over(new)[None, :, None] * merge.down * factor[:, None, :])
+        maps.append(_over(new)[None, :, None] * merge.down * factor[:, None, :] @ _centring(operand))
     gain = torch.stack(gains)
     if operand.norm is not None and operand.norm.over == "row" and own(operand.gain):
         gain = gain * _row_growth(operand, heads, gram, merges, gain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from passes.gqa_build import alike, same
+from passes.gqa_build import alike, own, same
 from rewrite.site import Affine, Operand, Refusal, Root, Site
 
 
@@ -94,6 +94,8 @@ def _refuse_constants(site: Site) -> str | None:
     for name, o in (("keys", site.k), ("values", site.v)):
         if not alike(o.gain):
             return f"constant factors of its {name} differ from head to head, which merged heads cannot carry"
+        if o.norm is not None and (o.norm.kind, o.norm.over) == ("l2", "row") and not own(o.gain):
+            return f"its {name} are divided by the length of all {o.heads} heads, and no gain can make up for fewer"
     return None
 
 

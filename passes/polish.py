@@ -27,7 +27,6 @@ INNER = 8
 DAMPING = 1e-2
 SETTLED = 0.02
 """A step that changes the error by less than this part is the last."""
-RIDGE = RIDGES[2]
 
 
 def polishes(site: Site) -> bool:
@@ -49,7 +48,7 @@ def polish(site: Site, source: Weights, parts: Parts, stats: Stats, steps: int) 
     stage = [*scenes(stats, parts, white, source, TOKENS)]
     problem = _Problem(stage, parts.gains, source.out_bias is not None)
     maps, out = white.enter(parts), _flat(parts)
-    now = problem.solve(maps, out)
+    start, now = problem.at(maps, out), problem.solve(maps, out)
     damping = DAMPING
     for _ in range(steps):
         trial = problem.solve(now.maps.plus(problem.step(now, damping)), out)
@@ -57,6 +56,8 @@ def polish(site: Site, source: Weights, parts: Parts, stats: Stats, steps: int) 
         now, damping = (trial, damping / 4) if gain > 0 else (now, worse)
         if abs(gain) < SETTLED:
             break
+    if not now.judges < start.judges:
+        return parts
     q, k, v = white.leave(now.maps, parts)
     bias = now.out[:, -1] if parts.out_bias is not None else None
     shape = parts.out.shape
@@ -100,8 +101,20 @@ class _Problem:
     gains: tuple[Tensor, Tensor, Tensor]
     biased: bool
 
+    def at(self, maps: Maps, out: Tensor) -> _Point:
+        """The errors of some maps with an output projection."""
+        fit, judge = self._sums(maps)
+        return _Point(maps, out, fit.error(out), (judge if judge.yy > 0 else fit).error(out))
+
     def solve(self, maps: Maps, out: Tensor) -> _Point:
-        """The best output projection for some maps, and its errors."""
+        """The best output projection for some maps, and its errors; unseen tokens choose the ridge."""
+        fit, judge = self._sums(maps)
+        judge = judge if judge.yy > 0 else fit
+        solutions = [solved(out, fit, ridge) for ridge in RIDGES]
+        best = min(solutions, key=judge.error)
+        return _Point(maps, best, fit.error(best), judge.error(best))
+
+    def _sums(self, maps: Maps) -> tuple[Sums, Sums]:
         fit: Sums | None = None
         judge: Sums | None = None
         for scene in self.stage:
@@ -110,8 +123,7 @@ class _Problem:
             fit, judge = first if fit is None else fit + first, second if judge is None else judge + second
         if fit is None or judge is None:
             raise ValueError("the calibration holds no batch")
-        out = solved(out, fit, RIDGE)
-        return _Point(maps, out, fit.error(out), judge.error(out) if judge.yy > 0 else fit.error(out))
+        return fit, judge
 
     def step(self, at: _Point, damping: float) -> Maps:
         """(JᵀJ + λ)δ = -Jᵀr by conjugate gradients; λ relative to the curvature along the gradient."""

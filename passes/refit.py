@@ -16,6 +16,10 @@ from passes import Stats, Weights
 
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 """λ relative to the mean energy of z; unseen text chooses."""
+WORTH = 1e-3
+"""A refit that helps by less than this part is not worth its noise."""
+EXACT = 1e-20
+"""Relative error below which there is nothing to repair but rounding."""
 HELD_BACK = 4
 """One of so many tokens of every batch judges and does not fit."""
 
@@ -67,7 +71,7 @@ def refit(weights: Weights, seen: Measured) -> tuple[Weights, str | None]:
     there = _flat(weights)
     before = seen.held.error(there)
     after, ridge = min((seen.held.error(solved(there, seen.fit, r)), r) for r in RIDGES)
-    if seen.held.count == 0 or not after < before:
+    if seen.held.count == 0 or not after < before * (1 - WORTH) or before < EXACT:
         return (
             weights,
             f"output projection left as it was: refitting it gave {after:.3g} on unseen text, not {before:.3g}",

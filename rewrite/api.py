@@ -26,6 +26,7 @@ from rewrite.opened import Opened, open_model
 from rewrite.program import Program
 from rewrite.report import Checked, Report
 from rewrite.save import made_by, refuse_saving, save
+from rewrite.site import Site
 from rewrite.spell import spell
 
 TARGETS: tuple[type[Any], ...] = (GQA,)
@@ -51,7 +52,9 @@ def plan(
     """
     program = capture(model, inputs, dynamic=False)
     step = _Step(target=next(iter(_sequence(target)), None), inputs=inputs, only=only, skip=tuple(skip))
-    return step.plan(model, program, find(program.static), context)
+    found = find(program.static)
+    planned = step.plan(model, program, found, context)
+    return planned.emitted(forecast(program.module, step.pairs(found)), {})
 
 
 def convert(
@@ -169,6 +172,11 @@ class _Step:
         sites = {s.name: s for s in found.sites}
         return {n: t for n, t in chosen.items() if n not in shared and t.refuse(sites[n]) is None}
 
+    def pairs(self, found: Found) -> dict[str, tuple[Site, Site]]:
+        """Every site that can have the target, and its new shape."""
+        targets = self.targets(found)
+        return {s.name: (s, targets[s.name].after(s)) for s in found.sites if s.name in targets}
+
     def plan(self, model: Any, program: Program, found: Found, context: int = 32_768) -> Plan:
         """What would be done, site by site."""
         label = self.opened.folder if self.opened is not None and self.opened.folder is not None else model
@@ -215,6 +223,17 @@ def emit(program: Program, changes: Mapping[str, Change], planned: Plan) -> tupl
     planned = planned.emitted({n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}, emitted.refused)
     _require(planned)
     return emitted.model, planned
+
+
+def forecast(module: nn.Module, pairs: Mapping[str, tuple[Site, Site]]) -> dict[str, tuple[str, str]]:
+    """Which form each site will get, as far as shapes tell, and why not an earlier one."""
+    from transformers import PreTrainedModel
+
+    from rewrite.emit import forecast as forecast_pretrained
+
+    if not isinstance(module, PreTrainedModel):
+        return dict.fromkeys(pairs, ("graph", ""))
+    return forecast_pretrained(module, pairs)
 
 
 def _require(planned: Plan) -> None:

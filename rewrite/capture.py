@@ -90,7 +90,8 @@ def _static(module: nn.Module, inputs: Any) -> tuple[Inputs, ExportedProgram]:
         try:
             return example, _export(module, example, None)
         except Exception as error:  # tracing runs the model's own code, which may raise anything
-            failure = failure or error
+            # a missing argument is mended by a later call, whose own failure is then the one to tell
+            failure = error if failure is None or "NoneType" in str(failure) else failure
     if failure is None:
         raise AssertionError("propose gives at least one call")
     raise describe(module, failure) from failure

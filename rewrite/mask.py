@@ -74,7 +74,7 @@ def _group(mask: Mask) -> str:
 
 def _join(a: Mask, b: Mask) -> Origin:
     order: tuple[Origin, ...] = ("constant", "parameters", "input")
-    return max(a.origin, b.origin, key=order.index)
+    return order[max(order.index(a.origin), order.index(b.origin))]
 
 
 all_ = Mask("all", sympy.true)
@@ -107,7 +107,8 @@ def listed(table: BoolArray) -> Mask:
     rows: list[Boolean] = []
     for i, row in enumerate(table):
         runs = [sympy.And(sympy.Ge(k, first), sympy.Le(k, last)) for first, last in _runs(row)]
-        rows.append(sympy.And(sympy.Eq(q, i + keys - queries), sympy.Or(*runs)))
+        at: Any = sympy.Eq(q, i + keys - queries)
+        rows.append(sympy.And(at, sympy.Or(*runs)))
     return Mask(f"table({queries}x{keys})", sympy.Or(*rows))
 
 
@@ -127,7 +128,7 @@ def recognise(table: BoolArray) -> Mask | None:
 
 
 def _candidates(table: BoolArray) -> Iterator[Mask]:
-    queries, keys = table.shape
+    keys = table.shape[1]
     yield all_
     yield causal
     if not table.any():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from passes.moments import NEEDS, SiteBatch
 from rewrite.heads import Heads, Weights
-from rewrite.site import Operand, Site
+from rewrite.site import Operand, Site, Softcap
 
 
 def raw(heads: Heads, x: Tensor) -> Tensor:
@@ -26,7 +26,9 @@ def normed(operand: Operand, heads: Heads, x: Tensor) -> Tensor:
         flat = u if operand.norm.over == "head" else u.flatten(2)
         if operand.norm.kind == "layer":
             flat = flat - flat.mean(-1, keepdim=True)
-        size = flat.square().sum(-1, keepdim=True) if operand.norm.kind == "l2" else flat.square().mean(-1, keepdim=True)
+        size = (
+            flat.square().sum(-1, keepdim=True) if operand.norm.kind == "l2" else flat.square().mean(-1, keepdim=True)
+        )
         u = (flat / (size + operand.norm.eps).sqrt()).reshape(u.shape)
     return (u * heads.gain).transpose(1, 2)
 
@@ -45,6 +47,8 @@ def turned(operand: Operand, x: Tensor) -> Tensor:
 def probabilities(site: Site, w: Weights, kv_of: tuple[int, ...], x: Tensor, bias: Tensor | None = None) -> Tensor:
     q, k = turned(site.q, normed(site.q, w.q, x)), turned(site.k, normed(site.k, w.k, x))
     score = q @ k[:, list(kv_of)].transpose(-1, -2) * torch.tensor(site.scale).double().reshape(-1, 1, 1)
+    for mod in site.mods:
+        score = mod.cap * torch.tanh(score / mod.cap) if isinstance(mod, Softcap) else score
     score = score if bias is None else score + bias
     t = score.shape[-1]
     return score.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
@@ -93,10 +97,10 @@ class HandStats:
             yield SiteBatch(site, u, *values, lambda x=x: probabilities(site, w, site.kv_of, x, self.bias), None)
 
 
-def stats_of(site: Site, weights: Weights, seed: int = 0, bias: Tensor | None = None) -> HandStats:
-    """Two batches of four windows of 24 tokens."""
+def stats_of(site: Site, weights: Weights, seed: int = 0, bias: Tensor | None = None, rows: int = 4) -> HandStats:
+    """Two batches of `rows` windows of 24 tokens."""
     generator = torch.Generator().manual_seed(seed)
     width = weights.q.weight.shape[-1]
-    mean = torch.randn(width, generator=generator, dtype=torch.float64) * 0.5
-    draw = [torch.randn(4, 24, width, generator=generator, dtype=torch.float64) + mean for _ in range(2)]
+    mean = torch.linspace(-1, 1, width, dtype=torch.float64)
+    draw = [torch.randn(rows, 24, width, generator=generator, dtype=torch.float64) + mean for _ in range(2)]
     return HandStats(site, weights, tuple(draw), bias)

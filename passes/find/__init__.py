@@ -9,12 +9,10 @@ from torch.export import ExportedProgram
 from passes.canonicalise import canonicalise
 from passes.find.alike import Text, carried, text
 from passes.find.anchor import Anchor, Near, Scan, anchors, nearest
-from passes.find.lift import Lifting, Place, lift
+from passes.find.lift import Lifting, Region, lift
 from passes.find.names import module_path, numbered, where
 from passes.find.roots import NotLifted
 from rewrite.site import Refusal, Site
-
-Region = Place
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Found:
-    """Proven sites with their regions, and what was refused. `nearest` is set where nothing like an attention stands."""
+    """Proven sites with their regions, and what was refused. `nearest` is set where no attention stands."""
 
     sites: tuple[Site, ...]
     regions: tuple[Region, ...]

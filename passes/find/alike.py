@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from passes.canonicalise import Graph, by_value, is_absent, shape_of
 from passes.find.anchor import Anchor, Scan
 from passes.find.execute import Unknown, constant
-from passes.find.lift import Lifting, Place
+from passes.find.lift import Lifting, Region
 from passes.find.names import common, module_path, owner, where
 from passes.find.output import ahead
 from passes.find.roots import transparent
@@ -122,7 +122,8 @@ def carried(scan: Scan, lifting: Lifting, mine: Text, twin: Text, anchor: Anchor
     old, place = lifting.site, lifting.place
     roots = [nodes[name] for name in (*place.q_roots, *place.k_roots, *place.v_roots)]
     first_q, first_k = (scan.root(nodes[names_[0]]) for names_ in (place.q_roots, place.k_roots))
-    assert first_q is not None and first_k is not None
+    assert first_q is not None
+    assert first_k is not None
     site = replace(
         old,
         name=common([*(module_path(node) for node in roots), module_path(anchor.node)]),
@@ -171,9 +172,9 @@ class _Names:
             return out
         return replace(out, root=self.root(out.root, node))
 
-    def place(self, place: Place) -> Place:
+    def place(self, place: Region) -> Region:
         q, k, v = (tuple(self.nodes[n].name for n in names) for names in (place.q_roots, place.k_roots, place.v_roots))
-        return Place(q, k, v, self.nodes[place.core].name, None if place.out is None else self.nodes[place.out].name)
+        return Region(q, k, v, self.nodes[place.core].name, None if place.out is None else self.nodes[place.out].name)
 
 
 __all__ = ["Text", "carried", "text"]

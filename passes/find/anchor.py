@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from passes.canonicalise import Graph, by_value, is_tensor, op_name
+from passes.canonicalise import Graph, by_value, is_tensor, op_name, shape_of
 from passes.find import product
 from passes.find.names import where
 from passes.find.product import Product
@@ -89,14 +89,15 @@ def _softmax(scan: Scan, node: fx.Node) -> list[Anchor | Near]:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     above, other = search_up(scan, source)
-    if not above:
-        return []
     below = _below(scan, node)
+    if not above:
+        mixed = isinstance(below, Product) and other is not None and _mixes_scores(scan, other)
+        return [Near(node, f"heads are mixed between the first product and the softmax{_by(other)}")] if mixed else []
     is_exp = op_name(node) == "exp"
     if is_exp and (len(above) > 1 or not isinstance(below, Product)):
         return []
     if isinstance(below, fx.Node):
-        return [Near(node, f"heads are mixed between the softmax and the product with v, by `{op_name(below)}`")]
+        return [Near(node, f"heads are mixed between the softmax and the product with v{_by(below)}")]
     if below is None:
         return []
     if len(above) > 1:
@@ -104,6 +105,17 @@ def _softmax(scan: Scan, node: fx.Node) -> list[Anchor | Near]:
     if other is not None:
         return [] if is_exp else [Near(node, FROM_ACTIVATION)]
     return [Anchor(node, above[0], below)]
+
+
+def _mixes_scores(scan: Scan, node: fx.Node) -> bool:
+    """A projection that reads a product of activations and gives a table of the same two last axes."""
+    root = scan.root(node)
+    products = [] if root is None else search_up(scan, root.source)[0]
+    return any(shape_of(found.node)[-2:] == shape_of(node)[-2:] for found in products)
+
+
+def _by(node: fx.Node | None) -> str:
+    return "" if node is None else f", by `{op_name(node)}`"
 
 
 FROM_ACTIVATION = "the bias is computed from the query or from another activation"

@@ -1,4 +1,4 @@
-"""Which item an output element reads, spelled in bits: log2(n) + 2 runs for n items, whatever acts within an item."""
+"""Which item an output element reads, spelled in bits: log2(n) + 3 runs for n items, whatever acts within one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def spell(count: int, run: Callable[[Tensor], Tensor]) -> Spelled:
         is_high, is_low = _same(value, high), _same(value, low)
         mixed |= ~(is_high | is_low)
         item += (is_high & moved).to(torch.int64) << bit
-    # ids beyond the count cannot be spelled by one item
+    # ids beyond the count cannot be spelled by one item, and a last, random choice must be foretold
     mixed |= item >= count
+    choice = torch.rand(count, generator=torch.Generator().manual_seed(9)) < 0.5
+    mixed |= ~_same(run(choice), torch.where(choice[item.clamp(max=count - 1)], high, low))
     return Spelled(torch.where(moved, item, -1), mixed)
 
 

@@ -1,9 +1,8 @@
-"""The core of one attention in canonical axes, whatever the layout: q (g, t, d), k (g, s, d), v (g, s, d), scores (g, t, s)."""
+"""The core of one attention in canonical axes: q (g, t, d), k (g, s, d), v (g, s, d), scores (g, t, s), any layout."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -57,7 +56,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """Operands, result and scores; row (g, t) of the scores is row `out_rows[g, t]` of the result, with v of `v_of[g]`."""
+    """Operands, result and scores; row (g, t) of the scores is row `out_rows[g, t]` of the result, with v `v_of[g]`."""
 
     anchor: Anchor
     q: Side
@@ -77,7 +76,9 @@ def core(scan: Scan, anchor: Anchor, draw: Draw) -> Core:
 def _fused(scan: Scan, anchor: Anchor) -> Core:
     node = anchor.node
     q, k, v = (x for x in node.args[:3])
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    assert isinstance(v, fx.Node)
     rank = len(shape_of(q))
     batch = string.ascii_lowercase[: rank - 2]
     grouped = bool(node.kwargs.get("enable_gqa", node.args[7] if len(node.args) > 7 else False))
@@ -98,17 +99,19 @@ def _fused(scan: Scan, anchor: Anchor) -> Core:
     sides = side(q, "X", "Z", 1), side(k, "Y", "Z", repeat), side(v, "Y", "W", repeat)
     out = side(node, "X", "W", 1)
     groups, tokens, _ = out.shape
-    mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
-    if isinstance(mask, fx.Node):
+    given = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
+    mask = given if isinstance(given, fx.Node) else None
+    if mask is not None:
         single(scan, mask)
-    scores = Fused(scan.graph, node, mask, (*(sizes[c] for c in batch),), (groups, tokens, sizes["Y"]))
+    scores = Fused(scan.graph, node, mask, tuple(sizes[c] for c in batch), (groups, tokens, sizes["Y"]))
     rows = torch.arange(groups * tokens).reshape(groups, tokens)
     return Core(anchor, *sides, out, scores, rows, torch.arange(groups))
 
 
 def _written(scan: Scan, anchor: Anchor, draw: Draw) -> Core:
     above, below = anchor.above, anchor.below
-    assert above is not None and below is not None
+    assert above is not None
+    assert below is not None
     stage = written(scan.graph, anchor.node, above, draw)
     first = stage.key in above.only(False)
     if not first and stage.key not in above.only(True):
@@ -143,7 +146,8 @@ def _mixing(
     p_node, v_node, lp, lv = (
         (below.a, below.b, below.la, below.lb) if first else (below.b, below.a, below.lb, below.la)
     )
-    summed, mine, features = below.contracted(first), below.only(first), below.only(not first)
+    summed, features = below.contracted(first), below.only(not first)
+    mine = [c for c in lp if c in below.only(first)]
     if len(summed) != 1 or not mine:
         raise NotLifted(f"the product with v sums over {len(summed)} axes", below.node)
     lead = tuple(c for c in below.lo if c not in (mine[-1], *features))
@@ -210,7 +214,3 @@ def leads_to(graph: Graph, node: fx.Node, target: fx.Node) -> bool:
         stack.extend(by_value(top))
     return False
 
-
-def columns(sides: Sequence[Side]) -> list[int]:
-    """Widths, for sentences."""
-    return [side.shape[2] for side in sides]

@@ -106,8 +106,8 @@ def _blocks(rows: Tensor, values: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor
     second = torch.where(~is_low, entries, 0.0).sum(-1)
     blocks = torch.stack([first, second], -1)
     # a rotation is near one at the first token: the larger diagonal says which row is whose
-    straight = (blocks[..., 0, 0] * blocks[..., 1, 1])[:, 0].abs() >= (blocks[..., 0, 1] * blocks[..., 1, 0])[:, 0].abs()
-    swap = ~straight
+    along, across = blocks[..., 0, 0] * blocks[..., 1, 1], blocks[..., 0, 1] * blocks[..., 1, 0]
+    swap = along[:, 0].abs() < across[:, 0].abs()
     blocks = torch.where(swap[:, None, :, None, None], blocks.flip(-1), blocks)
     own = torch.stack([torch.where(swap, high, low), torch.where(swap, low, high)], -1)
     return blocks, own

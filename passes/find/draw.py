@@ -36,6 +36,7 @@ class Draw:
         return replace(self, altered=seed)
 
     def __call__(self, nodes: Sequence[fx.Node]) -> list[Tensor]:
+        """The values of placeholders."""
         return [self.one(node) for node in nodes]
 
     def one(self, node: fx.Node) -> Tensor:

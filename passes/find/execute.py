@@ -123,6 +123,7 @@ class Piece:
         return [step[0] for step in self._steps]
 
     def __call__(self, *values: Any) -> list[Any]:
+        """The wanted values."""
         env = dict(self._fixed)
         env.update(zip(self.given, values, strict=True))
         for node, run, args, kwargs in self._steps:

@@ -24,7 +24,7 @@ Values = Callable[[Sequence[Tensor]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Weighed:
-    """The operand's block as a function of root outputs and of the parameters that act on it, with what is known of it."""
+    """The operand's block as a function of root outputs and of the parameters that act on it, and what is known."""
 
     letter: str
     run: Callable[[Tensor, Sequence[Tensor]], Tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,6 +166,6 @@ def mask(found: Law, on_input: bool) -> Mask:
     flat = keep.reshape(-1, *keep.shape[2:])
     alike = bool((flat == flat[:1]).all())
     # tables that differ from block to block are an operand, whatever they hang on
-    union = flat.any(0)
+    union = np.asarray(flat.any(0), dtype=np.bool_)
     named = recognise(union) or listed(union)
     return named if alike and not on_input else named.with_origin("input")

@@ -24,7 +24,7 @@ from rewrite.site import Affine, Dense, Grouped, Operand, Proof, Site
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Region:
     """Node names of a site in the static graph, parallel with the operands' roots; a node whose weight is several
     tensors is named once for each of its parts."""
 
@@ -40,7 +40,7 @@ class Lifting:
     """A proven site and where it stands; `true_weights`: a number of it was read from the weights at hand."""
 
     site: Site
-    place: Place
+    place: Region
     true_weights: bool
 
 
@@ -87,7 +87,7 @@ def _lift(scan: Scan, anchor: Anchor, draw: Draw, key: str) -> Lifting:
         errors = validate(Setting(scan.graph, middle, at, regions, draw), site, found, factor)
     way = ahead(scan, middle.out.node)
     q, k, v = (tuple(r.node.name for r in x.roots for _ in r.parts) for x in regions)
-    place = Place(q, k, v, core=middle.out.node.name, out=None if way is None else way.root.node.name)
+    place = Region(q, k, v, core=middle.out.node.name, out=None if way is None else way.root.node.name)
     return Lifting(replace(site, proof=Proof(errors, (tokens,), key)), place, bool(draw.true))
 
 
@@ -139,4 +139,5 @@ def _ordered(at: Leads, parts: Triple, plain: bool, anchor: Anchor) -> None:
     rising = all(bool((x[:, 1:] > x[:, :-1]).all()) for x in (at.q_at, at.k_at))
     if rising or (plain and parts.q.rope is None and parts.k.rope is None):
         return
-    raise NotLifted("tokens are reordered between projection and core, and the mask or the rope tells them apart", anchor.node)
+    reason = "tokens are reordered between projection and core, and the mask or the rope tells them apart"
+    raise NotLifted(reason, anchor.node)

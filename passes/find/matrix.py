@@ -28,7 +28,7 @@ TINY = 1e-10
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """`rows` (h, d, 2), -1 where there is none, `values` (h, t, d, 2), `offset` (h, t, d); `group` (h, rows) of the norm."""
+    """`rows` (h, d, 2), -1 where there is none, `values` (h, t, d, 2), `offset` (h, t, d), `group` (h, rows): norm."""
 
     rows: Tensor
     values: Tensor

@@ -15,7 +15,7 @@ from passes.find.draw import Draw
 from passes.find.gains import Weighed, affine
 from passes.find.leads import Leads
 from passes.find.matrix import LARGE, Matrix, Probe, matrix
-from passes.find.region import Region, random
+from passes.find.region import Stretch, random
 from passes.find.roots import NotLifted
 from rewrite.site import Affine, FloatArray, Norm, Operand
 
@@ -38,7 +38,7 @@ class Triple:
     kv_of: tuple[int, ...]
 
 
-def triple(scan: Scan, regions: Sequence[Region], at: Leads, draw: Draw) -> Triple:
+def triple(scan: Scan, regions: Sequence[Stretch], at: Leads, draw: Draw) -> Triple:
     """Lift the three operands on the first block; validation holds the other blocks to them."""
     block = at.blocks[0]
     takes: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
@@ -84,7 +84,7 @@ def heads_of(operand: Operand, heads: Sequence[int]) -> Operand:
     )
 
 
-def _lift(scan: Scan, region: Region, take: Callable[[Tensor], Tensor], where: Tensor, draw: Draw) -> Lifted:
+def _lift(scan: Scan, region: Stretch, take: Callable[[Tensor], Tensor], where: Tensor, draw: Draw) -> Lifted:
     leaves = [leaf for leaf in region.leaves if not draw.is_kept(leaf)]
     kept = {leaf: draw.one(leaf) for leaf in region.leaves if leaf not in leaves}
 

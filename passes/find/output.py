@@ -28,7 +28,7 @@ class Ahead:
 
 
 def ahead(scan: Scan, start: fx.Node) -> Ahead | None:
-    """Breadth first from the core's result to the next projection; None where another attention or nothing comes first."""
+    """Breadth first from the core's result to the next projection; None where there is none before the next attention."""
     previous: dict[fx.Node, fx.Node] = {}
     queue = deque([start])
     while queue and len(previous) < FAR:
@@ -72,7 +72,8 @@ def output(scan: Scan, core: Core, at: Leads, draw: Draw) -> Output | Refusal:
     place[flat[known]] = torch.nonzero(known).reshape(-1)
     where = place[mine]
     columns, positions = where % arrived.shape[1], where // arrived.shape[1]
-    exact = (where >= 0).all() and (columns == columns[:1, :, :1]).all() and (positions == positions[:, :1, :, :1]).all()
+    alike = (columns == columns[:1, :, :1]).all() and (positions == positions[:, :1, :, :1]).all()
+    exact = (where >= 0).all() and alike
     if not exact or int(known.sum()) != mine.numel():
         return _blocked(way)
     return Output(way.root.parts[0], columns[0, :, 0].numpy().astype(np.int64))

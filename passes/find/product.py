@@ -98,7 +98,8 @@ def _matmul(node: fx.Node) -> Product | None:
 
 def _linear(node: fx.Node) -> Product | None:
     a, b = node.args[:2]
-    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
     if len(shape_of(b)) != 2:
         return None
     batch = string.ascii_lowercase[: len(shape_of(a)) - 1]

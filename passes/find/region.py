@@ -17,7 +17,7 @@ from passes.find.roots import NotLifted, Projection
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
+class Stretch:
     """`run(u, weights)`: root outputs (positions, rows), side by side, to the operand (lead, token, feature)."""
 
     letter: str
@@ -41,7 +41,7 @@ class Region:
         return self.side.node
 
 
-def region(scan: Scan, letter: str, side: Side) -> Region:
+def region(scan: Scan, letter: str, side: Side) -> Stretch:
     """Walk back from an operand to the projections."""
     roots, leaves = _walk(scan, letter, side.node)
     if not roots:
@@ -50,7 +50,7 @@ def region(scan: Scan, letter: str, side: Side) -> Region:
     if len(counts) > 1:
         raise NotLifted(f"{letter} joins several streams of tokens, of {_list(counts)} positions", side.node)
     piece = Piece(scan.graph, [*(root.node for root in roots), *leaves], [side.node])
-    return Region(letter, side, tuple(roots), tuple(leaves), piece, counts.pop(), sum(root.rows for root in roots))
+    return Stretch(letter, side, tuple(roots), tuple(leaves), piece, counts.pop(), sum(root.rows for root in roots))
 
 
 def _list(counts: set[int]) -> str:
@@ -83,8 +83,7 @@ def _stops(scan: Scan, letter: str, node: fx.Node) -> None:
     """Nodes that no walk passes."""
     name = op_name(node)
     if node.op == "placeholder":
-        kind = "" if node.meta["val"].dtype.is_floating_point else ", which the caller gives (positions, for instance)"
-        raise NotLifted(f"{letter} hangs on the input `{node.name}` without a projection between{kind}", node)
+        raise NotLifted(f"{letter} hangs on the input `{node.name}` with no projection between (as positions can)", node)
     if node.op != "call_function":
         raise NotLifted(f"{letter} is computed by `{node.target}`, which cannot be run", node)
     if name == FUSED or name in SOFTMAX[:2]:
@@ -95,7 +94,7 @@ def _stops(scan: Scan, letter: str, node: fx.Node) -> None:
         raise NotLifted(f"the weight of {letter}'s projection (`{name}`) is no rearranged parameter", node)
 
 
-def random(region_: Region, size: float, seed: int) -> Tensor:
+def random(region_: Stretch, size: float, seed: int) -> Tensor:
     """Root outputs: normal, of a size."""
     return noise(region_.positions, region_.rows, size, seed)
 
@@ -106,7 +105,7 @@ def noise(positions_: int, rows: int, size: float, seed: int) -> Tensor:
     return torch.randn(positions_, rows, dtype=torch.float64, generator=generator) * size
 
 
-def positions(region_: Region, weights: Sequence[Tensor]) -> Tensor:
+def positions(region_: Stretch, weights: Sequence[Tensor]) -> Tensor:
     """(lead, token): the position that each row of the operand reads."""
     low, high = random(region_, 1.0, 11), random(region_, 1.0, 12)
 
@@ -122,7 +121,7 @@ def positions(region_: Region, weights: Sequence[Tensor]) -> Tensor:
         raise NotLifted(f"rows of {letter} do not hang on the projection", region_.node)
     first = spelled.item.amax(-1)
     if ((spelled.item != first[..., None]) & ~still).any():
-        raise NotLifted(f"attention over channels, not tokens: one row of {letter} reads several positions", region_.node)
+        raise NotLifted(f"attention over channels, not tokens: a row of {letter} reads several positions", region_.node)
     if still.any():
         raise NotLifted(f"{int(still.any((0, 1)).sum())} columns of {letter} are constant", region_.node)
     return first

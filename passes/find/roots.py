@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -28,7 +29,7 @@ class NotLifted(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """Which parameter elements a rearranged parameter holds: `tensor[i]` names it, `at` its flat position; -1 for zero."""
+    """The parameter elements in a rearranged parameter: `names[which]` at flat positions `at`; -1 where it is zero."""
 
     names: tuple[str, ...]
     which: IntArray
@@ -85,7 +86,8 @@ def _arg(node: fx.Node, i: int) -> Any:
 
 def _linear(graph: Graph, node: fx.Node) -> Projection | None:
     x, weight, bias = node.args[0], node.args[1], _arg(node, 2)
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
     if len(shape_of(weight)) != 2:
         return None
     rank = len(shape_of(node))
@@ -101,7 +103,8 @@ def _addmm(graph: Graph, node: fx.Node) -> Projection | None:
 
 def _conv(graph: Graph, node: fx.Node) -> Projection | None:
     x, weight, bias = node.args[0], node.args[1], _arg(node, 2)
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
     kernel = shape_of(weight)
     if prod(kernel[2:]) != 1 or shape_of(x)[2:] != shape_of(node)[2:] or kernel[1] != shape_of(x)[1]:
         return None
@@ -207,8 +210,9 @@ def _rows_of(spelled: Codes, sizes: tuple[int, ...], by_rows: tuple[int, ...], r
 
 def _bias_codes(graph: Graph, bias: Any, rows: int) -> list[tuple[str | None, int]] | None:
     """Tensor and flat position for each row; (None, -1) where the bias is zero."""
+    nothing: tuple[str | None, int] = (None, -1)
     if bias is None:
-        return [(None, -1)] * rows
+        return [nothing] * rows
     spelled = codes(graph, bias) if isinstance(bias, fx.Node) and not graph.on_inputs(bias) else None
     if spelled is None or spelled.at.size not in (1, rows):
         return None
@@ -222,7 +226,7 @@ def _parts(rows: Rows, biases: list[tuple[str | None, int]], source: str, path: 
     keys = [(name, bias[0]) for name, bias in zip(names, biases, strict=True)]
     cuts = [0, *(i for i in range(1, len(keys)) if keys[i] != keys[i - 1]), len(keys)]
     roots: list[Root] = []
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in pairwise(cuts):
         name, bias = keys[low]
         at = None if bias is None else np.array([b[1] for b in biases[low:high]], dtype=np.int64)
         roots.append(Root(name, starts[low:high], stride, columns, bias, at, source, owner(path, name)))
@@ -261,10 +265,9 @@ def _filled(behind: list[fx.Node], starts: Any, step: int) -> list[Tensor]:
     """1, 2, ... or n, n - 1, ... through all the parameters."""
     total = int(starts[-1])
     wide = torch.float64 if total < 1 << 22 else torch.int32
+    shift = total if step < 0 else 0
     return [
-        (torch.arange(low, low + prod(shape_of(p)), dtype=wide, device=CPU) * step + (total if step < 0 else 0)).reshape(
-            shape_of(p)
-        )
+        (torch.arange(low, low + prod(shape_of(p)), dtype=wide, device=CPU) * step + shift).reshape(shape_of(p))
         for p, low in zip(behind, starts, strict=False)
     ]
 

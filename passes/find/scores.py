@@ -154,7 +154,7 @@ class Written:
 
 
 def _assigned(named: Tensor, count: int, what: str) -> Tensor:
-    """`named[i]` says by its members which of `count` items line i is; lines without a name take what is left, in order."""
+    """For each of `count` items its line: `named[i]` holds the names of line i; nameless lines take what is left."""
     item = named.amax(-1)
     mixed = ((named != item[:, None]) & (named >= 0)).any()
     if mixed or named.shape[0] != count:
@@ -168,7 +168,8 @@ def _assigned(named: Tensor, count: int, what: str) -> Tensor:
 def written(graph: Graph, softmax: fx.Node, above: Product, draw: Draw) -> Stage:
     """The stage of a softmax or exp written out, mapped element by element."""
     start, dim = softmax.args[0], softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim", -1)
-    assert isinstance(start, fx.Node) and isinstance(dim, int)
+    assert isinstance(start, fx.Node)
+    assert isinstance(dim, int)
     node = _earliest(graph, start, above.node, dim, draw)
     leaves = behind(graph, node, [above.node])
     piece = Piece(graph, [above.node, *leaves], [node])
@@ -212,10 +213,12 @@ def _earliest(graph: Graph, start: fx.Node, product: fx.Node, dim: int, draw: Dr
     noise = torch.randn(shape_of(product), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     node = start
     while node is not product:
-        before = [x for x in by_value(node) if _like(x, start)]
+        # a mask that is all true on the example must not be stepped over: it hangs on something
+        before = [x for x in by_value(node) if _like(x, start) and behind(graph, x, [product]) == leaves]
         value, *others = Piece(graph, [product, *leaves], [node, *before])(noise, *values)
         now = value.softmax(dim)
-        same = [x for x, v in zip(before, others, strict=True) if torch.allclose(v.softmax(dim), now, 1e-10, 1e-13, True)]
+        alike = [torch.allclose(v.softmax(dim), now, 1e-10, 1e-13, equal_nan=True) for v in others]
+        same = [x for x, is_same in zip(before, alike, strict=True) if is_same]
         if not same:
             return node
         node = same[0]

@@ -15,7 +15,7 @@ from passes.find.draw import Draw
 from passes.find.execute import Piece
 from passes.find.law import Asked, Law, law
 from passes.find.leads import Leads
-from passes.find.region import Region, noise
+from passes.find.region import Stretch, noise
 from passes.find.roots import NotLifted
 from rewrite.site import Operand, Site
 
@@ -31,7 +31,7 @@ class Setting:
     graph: Graph
     core: Core
     at: Leads
-    regions: Sequence[Region]
+    regions: Sequence[Stretch]
     draw: Draw
 
 
@@ -76,7 +76,7 @@ def _error(setting: Setting, site: Site, found: Law, draw: Draw, size: float) ->
     return float(difference.max() / scale.clamp(min=1e-300))
 
 
-def _filled(regions: Sequence[Region], size: float) -> dict[str, Tensor]:
+def _filled(regions: Sequence[Stretch], size: float) -> dict[str, Tensor]:
     """Root outputs of each operand, side by side; operands that share a projection share its output."""
     known: dict[fx.Node, Tensor] = {}
     for region in regions:

@@ -21,7 +21,9 @@ PARTIAL = Rope(np.array([[0, 2], [1, 3]]), np.array([1.0, 0.03]), np.zeros(2))
 ROPES = {"none": (None, 4), "half": (half_rope(4), 4), "interleaved": (TWISTED, 4), "partial": (PARTIAL, 6)}
 
 
-def drawn(name: str, bias: bool = True, heads: int = 4, kv_heads: int = 4, norm: Norm | None = None) -> tuple[Site, Weights]:
+def drawn(
+    name: str, bias: bool = True, heads: int = 4, kv_heads: int = 4, norm: Norm | None = None
+) -> tuple[Site, Weights]:
     rope, dim = ROPES[name]
     site, tensors = make_site(heads=heads, kv_heads=kv_heads, dim=dim, width=24, bias=bias, rope=rope, norm=norm)
     shrunk = {n: t * (0.3 if n.endswith("weight") else 1.0) for n, t in tensors.items()}
@@ -54,7 +56,9 @@ def images(site: Site, w: Weights, first_of: tuple[int, ...], seed: int = 1) -> 
 
 
 def error(site: Site, source: Weights, made, seed: int = 7) -> float:
-    x = torch.randn(3, 20, source.q.weight.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(
+        3, 20, source.q.weight.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     y = output(site, source, site.kv_of, x)
     moved = output(made.site, made.weights, made.site.kv_of, x)
     return float((moved - y).norm() / y.norm())
@@ -88,23 +92,22 @@ def test_weights_alone_find_which_heads_are_images(rope: str) -> None:
     w = images(site, w, (0, 1, 0, 1))
     made = GQA(2).rewrite(site, w, None)
     assert made.order == (0, 2, 1, 3)
-    assert made.notes == (
-        "weights only: groups and distances are not measured, the output projection is not refitted",
-    )
+    assert made.notes == ("weights only: groups and distances are not measured, the output projection is not refitted",)
     assert error(site, w, made) < 1e-6
 
 
 def test_several_queries_a_head_move_with_it() -> None:
     site, w = drawn("half", heads=8, kv_heads=4)
     w = images(site, w, (0, 1, 0, 1))
-    made = GQA(2, refit=False).rewrite(site, w, stats_of(site, w))
+    made = GQA(2, refit=False, polish=0).rewrite(site, w, stats_of(site, w))
     assert made.order == (0, 1, 4, 5, 2, 3, 6, 7)
     assert made.site.kv_of == (0, 0, 0, 0, 1, 1, 1, 1)
     assert error(site, w, made) < 1e-6
 
 
-@pytest.mark.parametrize("over", ["head", "row"])
-@pytest.mark.parametrize("kind", ["rms", "l2", "layer"])
+@pytest.mark.parametrize(
+    ("kind", "over"), [("rms", "head"), ("rms", "row"), ("l2", "head"), ("layer", "head"), ("layer", "row")]
+)
 def test_equal_heads_merge_without_loss_behind_a_norm(kind: str, over: str) -> None:
     site, w = drawn("half", norm=Norm(kind, over, 1e-8))
     gain = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).expand(4, 4)
@@ -154,20 +157,22 @@ def test_a_softcap_keeps_the_mean_of_the_keys() -> None:
     assert not torch.allclose(lost.norm(), free.rewrite(site, w, stats).weights.k.weight.norm(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("rope", ["none", "half", "partial"])
+@pytest.mark.parametrize("rope", ["none", "half"])
 def test_the_default_loses_least(rope: str) -> None:
     site, w = drawn(rope, heads=6, kv_heads=6)
     # heads with something in common, hidden behind turns of their own
     base = images(site, w, (0, 0, 0, 0, 0, 0))
     k = replace(w.k, weight=base.k.weight + 0.4 * w.k.weight)
     w = replace(w, k=k, v=replace(w.v, weight=base.v.weight + 0.4 * w.v.weight))
-    stats = stats_of(site, w)
+    stats = stats_of(site, w, rows=16)
     targets = [GQA(2, "mean", False), GQA(2, "aligned", False), GQA(2, polish=0, refit=False), GQA(2)]
     made = [t.rewrite(site, w, stats) for t in targets]
     mean, aligned, merged, polished = (
         measure(stats, m.weights, m.site.kv_of).held.error(_flat(m.weights)) for m in made
     )
-    assert polished < merged < aligned < mean
+    # tokens drawn alone may leave the polish nothing to gain; then it changes nothing
+    assert polished <= merged < 0.3 * aligned
+    assert aligned < mean
 
 
 def _flat(w: Weights) -> torch.Tensor:
@@ -217,6 +222,7 @@ def _refusals() -> dict[str, tuple[Site, int]]:
     site, _ = drawn("half")
     thirds, _ = make_site("thirds")
     shift = Affine(np.ones((4, 4)))
+    by_row = replace(site.k, norm=Norm("l2", "row", 1e-6))
     wider = replace(half_rope(4), frequencies=np.array([1.0, 0.5]))
     return {
         "3 equal groups; possible: 1, 2, 4": (site, 3),
@@ -226,6 +232,7 @@ def _refusals() -> dict[str, tuple[Site, int]]:
         "rotated by different frequencies": (replace(site, q=replace(site.q, rope=wider)), 2),
         "a constant is added to its keys": (replace(site, k=replace(site.k, shift=shift)), 2),
         "read by 0 to 2 query heads": (replace(site, kv_of=(0, 0, 1, 2)), 2),
+        "divided by the length of all 4 heads": (replace(site, k=by_row), 2),
         "come from 2 projections": (replace(site, k=replace(site.k, roots=site.k.roots * 2)), 2),
     }
 

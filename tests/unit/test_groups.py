@@ -10,7 +10,9 @@ import pytest
 from passes.gqa_groups import cheapest, neighbours
 
 
-@pytest.mark.parametrize(("heads", "groups", "count"), [(4, 2, 3), (6, 3, 15), (6, 2, 10), (6, 1, 1), (6, 6, 1), (8, 4, 105)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "count"), [(4, 2, 3), (6, 3, 15), (6, 2, 10), (6, 1, 1), (6, 6, 1), (8, 4, 105)]
+)
 def test_small_numbers_are_searched_whole(heads: int, groups: int, count: int) -> None:
     splits = cheapest(heads, groups, lambda g: 0.0, 1000)
     assert len(set(splits)) == count
