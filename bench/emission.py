@@ -26,6 +26,7 @@ from rewrite.capture import capture
 from rewrite.emit import emit
 from rewrite.emit.choose import padded
 from rewrite.emit.edits import edited
+from rewrite.emit.files import auto_classes
 from rewrite.emit.twin import table, twin
 from rewrite.emit.validate import cache_bytes, greedy, relative
 from rewrite.heads import Rewritten
@@ -130,7 +131,7 @@ def _compare(
     if not made.forms:
         return
     made.model.save_pretrained(top / "half.of.it")
-    auto = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    auto = next(iter(auto_classes(type(model), model.config)), "AutoModel")
     settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": STEPS, "min_new_tokens": STEPS}
     settings |= {"return_dict_in_generate": True, "output_logits": True, "use_cache": True}
     for token in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):

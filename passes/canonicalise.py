@@ -57,6 +57,8 @@ class Graph:
     inputs: Mapping[fx.Node, Any]
     folded: dict[fx.Node, Any] = field(default_factory=dict)
     """Values of nodes that hang on nothing, computed once."""
+    numbers: Mapping[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    """Nodes in which one integer argument is read as another: a window too wide to see becomes one that shows."""
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:

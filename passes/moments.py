@@ -6,7 +6,7 @@ Letters: b batch, h query heads, g kv heads, t query tokens, s key tokens, d hea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ def phases(batch: SiteBatch) -> Tensor:
     [0] E_p[e^{i(φ_a - φ_b)Δ}] under the query's attention p, [1] E_p[e^{iφ_a Δ}]·conj(E_p[e^{iφ_b Δ}]),
     [2] as [0] with every visible key equal. Diagonals of [0] and [2] count the queries.
     """
+    batch = windowed(batch)
     p = batch.p()[..., : batch.k.shape[2]]
     queries = batch.keep if batch.keep is not None and batch.keep.shape == p[:, 0, :, 0].shape else None
     if queries is not None:
@@ -73,6 +74,19 @@ def phases(batch: SiteBatch) -> Tensor:
     phi = frequencies(batch.site.k)
     total = [_by_distance(p, phi), _by_query(p, phi), _by_distance(even, phi)]
     return torch.view_as_real(torch.stack(total))
+
+
+def windowed(batch: SiteBatch) -> SiteBatch:
+    """The batch with its windows apart: a projection that takes rows of tokens gives one window of all of them."""
+    p = batch.p()
+    windows = p.shape[0]
+
+    def apart(x: Tensor) -> Tensor:
+        """(1, heads, b*t, d) to (b, heads, t, d)."""
+        return x if x.shape[0] == windows else x.squeeze(0).unflatten(1, (windows, -1)).transpose(0, 1)
+
+    u = {n: x if x.shape[0] == windows else x.reshape(windows, -1, x.shape[-1]) for n, x in batch.u.items()}
+    return replace(batch, u=u, q=apart(batch.q), k=apart(batch.k), v=apart(batch.v), p=lambda: p)
 
 
 NEEDS: Mapping[str, Callable[[SiteBatch], Tensor]] = {
@@ -131,10 +145,8 @@ def _inverse(operand: Operand, u: Tensor, keep: Tensor | None) -> Tensor:
 
 def _counted(x: Tensor, keep: Tensor | None) -> Tensor:
     """(heads, tokens, dim) of those tokens that count; a mask of another length belongs to other tokens."""
-    rows = x.transpose(0, 1)
-    if keep is not None and keep.shape == rows.shape[1:3]:
-        return rows[:, keep]
-    return rows.flatten(1, 2)
+    rows = x.transpose(0, 1).flatten(1, 2)
+    return rows[:, keep.reshape(-1)] if keep is not None and keep.numel() == rows.shape[1] else rows
 
 
 def _augmented(rows: Tensor) -> Tensor:

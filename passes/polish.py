@@ -25,6 +25,8 @@ TOKENS = 8192
 INNER = 8
 """Conjugate gradients a step; each costs about three forward passes of the attention."""
 DAMPING = 1e-2
+NEGLIGIBLE = 1e-3
+"""Relative error of the output that no step is worth taking against."""
 SETTLED = 0.02
 """A step that changes the error by less than this part is the last."""
 
@@ -48,7 +50,10 @@ def polish(site: Site, source: Weights, parts: Parts, stats: Stats, steps: int) 
     stage = [*scenes(stats, parts, white, source, TOKENS)]
     problem = _Problem(stage, parts.gains, source.out_bias is not None)
     maps, out = white.enter(parts), _flat(parts)
-    start, now = problem.at(maps, out), problem.solve(maps, out)
+    start = problem.at(maps, out)
+    if start.judges < NEGLIGIBLE:
+        return parts
+    now = problem.solve(maps, out)
     damping = DAMPING
     for _ in range(steps):
         trial = problem.solve(now.maps.plus(problem.step(now, damping)), out)
@@ -177,13 +182,13 @@ def _sums(z: Tensor, y: Tensor, weight: Tensor) -> Sums:
     return Sums(z.T @ z, y.T @ z, float(y.square().sum()), len(z))
 
 
-def _placed(operand: Operand, gain: Tensor, u: Tensor) -> Tensor:
-    return turned(u * gain[:, None].to(u.dtype), operand.rope)
+def _placed(operand: Operand, gain: Tensor, u: Tensor, at: Tensor | None = None) -> Tensor:
+    return turned(u * gain[:, None].to(u.dtype), operand.rope, at)
 
 
-def _lifted(operand: Operand, gain: Tensor, slope: Tensor) -> Tensor:
+def _lifted(operand: Operand, gain: Tensor, slope: Tensor, at: Tensor | None = None) -> Tensor:
     """Transpose of `_placed`."""
-    return turned(slope, operand.rope, back=True) * gain[:, None].to(slope.dtype)
+    return turned(slope, operand.rope, at, back=True) * gain[:, None].to(slope.dtype)
 
 
 def _times(rows: Tensor, maps: Tensor) -> Tensor:
@@ -193,7 +198,7 @@ def _times(rows: Tensor, maps: Tensor) -> Tensor:
 def _run(scene: Scene, maps: Maps, gains: tuple[Tensor, Tensor, Tensor]) -> _Linear:
     site, kv = scene.site, list(scene.kv_of)
     nq, nk = normed(site.q.norm, _times(scene.q, maps.q)), normed(site.k.norm, _times(scene.k, maps.k))
-    q, k = _placed(site.q, gains[0], nq.value), _placed(site.k, gains[1], nk.value)[:, kv]
+    q, k = _placed(site.q, gains[0], nq.value, scene.at), _placed(site.k, gains[1], nk.value)[:, kv]
     v = _placed(site.v, gains[2], _times(scene.v, maps.v))[:, kv]
     score, slope = capped(site, q @ k.transpose(-1, -2) * scene.scale)
     logits = score + scene.added
@@ -207,7 +212,7 @@ def _run(scene: Scene, maps: Maps, gains: tuple[Tensor, Tensor, Tensor]) -> _Lin
 def _push(line: _Linear, step: Maps, gains: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Change of the heads' outputs, (b, h, t, d)."""
     site, scene, kv = line.scene.site, line.scene, list(line.scene.kv_of)
-    dq = _placed(site.q, gains[0], line.nq.push(_times(scene.q, step.q)))
+    dq = _placed(site.q, gains[0], line.nq.push(_times(scene.q, step.q)), scene.at)
     dk = _placed(site.k, gains[1], line.nk.push(_times(scene.k, step.k)))[:, kv]
     dv = _placed(site.v, gains[2], _times(scene.v, step.v))[:, kv]
     change = (dq @ line.k.transpose(-1, -2) + line.q @ dk.transpose(-1, -2)) * line.steep
@@ -221,7 +226,7 @@ def _pull(line: _Linear, wrong: Tensor, heads: Tensor, gains: tuple[Tensor, Tens
     gz = torch.einsum("bto,ohd->bhtd", wrong, heads)
     gs = (gz @ line.v.transpose(-1, -2) - (gz * line.z).sum(-1, keepdim=True)) * line.steep
     groups = len(gains[1])
-    gq = line.nq.pull(_lifted(site.q, gains[0], gs @ line.k))
+    gq = line.nq.pull(_lifted(site.q, gains[0], gs @ line.k, scene.at))
     gk = line.nk.pull(_lifted(site.k, gains[1], _gathered(gs.transpose(-1, -2) @ line.q, scene.kv_of, groups)))
     gv = _lifted(site.v, gains[2], _gathered(line.p.transpose(-1, -2) @ gz, scene.kv_of, groups))
     return Maps(_outer(gq, scene.q), _outer(gk, scene.k), _outer(gv, scene.v))

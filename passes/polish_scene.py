@@ -15,11 +15,13 @@ from torch import Tensor
 
 from passes import Stats
 from passes.gqa_build import Parts
-from passes.moments import SiteBatch
+from passes.moments import SiteBatch, windowed
 from rewrite.heads import Weights
-from rewrite.site import Affine, Norm, Operand, Rope, Site, Softcap
+from rewrite.site import Affine, Norm, Operand, Rope, Sink, Site, Softcap
 
 REAL = torch.float32
+EVERY = 2
+"""One query of so many is looked at: neighbours in a text tell much the same, and the keys are all there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,7 @@ class Scene:
 
     site: Site
     q: Tensor
-    """(b, h, t, d) whitened"""
+    """(b, h, t, d) whitened; t counts the queries that are looked at"""
     k: Tensor
     """(b, groups, s, group size * d) whitened"""
     v: Tensor
@@ -38,6 +40,8 @@ class Scene:
     """(b, h, t, 1) the logit of what attention leaves out"""
     y: Tensor
     """(b, t, outputs) of the original"""
+    at: Tensor
+    """(t,) positions of the queries"""
     kv_of: tuple[int, ...]
     scale: Tensor
     """(h, 1, 1)"""
@@ -112,7 +116,8 @@ def rows_of(batch: SiteBatch, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
 def _taken(stats: Stats, limit: int) -> Iterator[tuple[SiteBatch, int]]:
     """The batches with how many windows of each are used: some of every one, about `limit` tokens."""
     share, tokens = min(1.0, limit / max(stats.tokens, 1)), 0
-    for batch in stats.batches():
+    for whole in stats.batches():
+        batch = windowed(whole)
         take = max(1, round(batch.q.shape[0] * share))
         yield batch, take
         tokens += take * batch.q.shape[2]
@@ -148,32 +153,36 @@ def scenes(stats: Stats, parts: Parts, white: Whitening, source: Weights, limit:
 
 
 def _scene(batch: SiteBatch, take: int, parts: Parts, white: Whitening, source: Weights, seen: int) -> Scene:
-    site, order = batch.site, list(parts.order.query)
-    p = batch.p()[:take, ..., : batch.k.shape[2]].double()
-    q, k, v = batch.q[:take], batch.k[:take], batch.v[:take]
-    kv = list(site.kv_of)
+    site, order, kv = batch.site, list(parts.order.query), list(batch.site.kv_of)
+    at = torch.arange(0, batch.q.shape[2], EVERY)
+    p = batch.p()[:take, :, at, : batch.k.shape[2]].double()
+    q, k, v = batch.q[:take, :, at], batch.k[:take], batch.v[:take]
     scale = torch.tensor(site.scale, dtype=torch.float64).expand(site.heads)[:, None, None]
     scale = scale * _factor(site.q.after) * _factor(site.k.after)
-    score = turned(q, site.q.rope) @ turned(k, site.k.rope)[:, kv].transpose(-1, -2) * scale
+    score = turned(q, site.q.rope, at) @ turned(k, site.k.rope)[:, kv].transpose(-1, -2) * scale
     added = p.clamp(min=1e-300).log() - capped(site, score)[0]
-    rest = 1 - p.sum(-1, keepdim=True)
-    sink = rest.clamp(min=1e-300).log() if bool((rest > 1e-6).any()) else None
+    left = (
+        (1 - p.sum(-1, keepdim=True)).clamp(min=1e-300).log() if any(isinstance(m, Sink) for m in site.mods) else None
+    )
     y = torch.einsum("bhtd,ohd->bto", p @ v[:, kv], source.out)
-    rows = (
+    qs, ks, vs = (
         torch.linalg.solve_triangular(root, r[:take].double().transpose(-1, -2), upper=False).transpose(-1, -2).to(REAL)
         for r, root in zip(rows_of(batch, parts), (white.q, white.k, white.v), strict=True)
     )
     fits, judges = _split(batch, take, seen)
     return Scene(
         site,
-        *rows,
+        qs[:, :, at],
+        ks,
+        vs,
         added=added.masked_fill(p <= 0, -torch.inf)[:, order].to(REAL),
-        sink=None if sink is None else sink[:, order].to(REAL),
+        sink=None if left is None else left[:, order].to(REAL),
         y=y if source.out_bias is None else y + source.out_bias,
+        at=at.double(),
         kv_of=parts.order.kv_of,
         scale=scale[order].to(REAL),
-        fits=fits,
-        judges=judges,
+        fits=fits[:, at],
+        judges=judges[:, at],
     )
 
 
@@ -204,12 +213,12 @@ def capped(site: Site, score: Tensor) -> tuple[Tensor, Tensor | float]:
     return score, 1.0
 
 
-def turned(x: Tensor, rope: Rope | None, back: bool = False) -> Tensor:
-    """x (..., tokens, d) turned by the rope at positions 0, 1, ...; `back` turns the other way."""
+def turned(x: Tensor, rope: Rope | None, at: Tensor | None = None, back: bool = False) -> Tensor:
+    """x (..., tokens, d) turned by the rope at positions `at`, or 0, 1, ...; `back` turns the other way."""
     if rope is None:
         return x
-    at = torch.arange(x.shape[-2], dtype=torch.float64)
-    angle = at[:, None] * torch.from_numpy(rope.frequencies) + torch.from_numpy(rope.start)
+    at = torch.arange(x.shape[-2]) if at is None else at
+    angle = at.double()[:, None] * torch.from_numpy(rope.frequencies) + torch.from_numpy(rope.start)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype) * (-1 if back else 1)
     a, b = (torch.from_numpy(rope.pairs[:, i]).long() for i in (0, 1))
     out = x.clone()

@@ -18,7 +18,7 @@ RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 """λ relative to the mean energy of z; unseen text chooses."""
 WORTH = 1e-3
 """A refit that helps by less than this part is not worth its noise."""
-EXACT = 1e-20
+EXACT = 1e-13
 """Relative error below which there is nothing to repair but rounding."""
 HELD_BACK = 4
 """One of so many tokens of every batch judges and does not fit."""

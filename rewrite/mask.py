@@ -136,13 +136,16 @@ def _candidates(table: BoolArray) -> Iterator[Mask]:
     back = _reach(table)
     yield causal & window(back)
     yield around(back)
-    for size in range(2, keys):
+    sizes = {int(table[:, 0].sum())} if table.shape[0] == keys else set(range(2, min(keys, 64)))
+    for size in sorted(sizes - {0}):
         yield causal & chunk(size)
         yield chunk(size)
-    for count in range(1, keys):
-        if back < keys and table[-1, :count].all():
-            yield from (causal & (window(width) | sink(count)) for width in range(1, keys - count))
-        yield causal | sink(count)
+    runs = list(_runs(table[-1]))
+    if len(runs) == 2 and runs[0][0] == 0:
+        yield causal & (window(keys - runs[1][0]) | sink(runs[0][1] + 1))
+    first = list(_runs(table[0]))
+    if len(first) == 1 and first[0][0] == 0:
+        yield causal | sink(first[0][1] + 1)
 
 
 def _reach(table: BoolArray) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rewrite.card import write_card
+from rewrite.emit import for_older_readers
 from rewrite.errors import BadUsage
 from rewrite.folder import draft
 from rewrite.opened import Opened
@@ -32,7 +32,7 @@ def save(made: Any, opened: Opened, report: Report, out: Path) -> Path:
     """Write the folder, whole or not at all; a failed check leaves `out.failed`. Gives the folder's final name."""
     with draft(out, opened.folder) as work:
         made.save_pretrained(work.path)
-        _for_older_readers(work.path / "config.json")
+        for_older_readers(work.path)
         if opened.folder is not None:
             _copy_beside(opened.folder, work.path)
         elif opened.tokenizer is not None:
@@ -46,18 +46,6 @@ def _copy_beside(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name.startswith(BESIDE) and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
-
-
-def _for_older_readers(config: Path) -> None:
-    """transformers 5 writes `rope_parameters` and `dtype` alone; readers of version 4 would take a base of 10,000 and
-    float32 without a word, so their names stand beside the new ones."""
-    table = json.loads(config.read_text(encoding="utf-8"))
-    rope = table.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        table.setdefault("rope_theta", rope["rope_theta"])
-    if "dtype" in table:
-        table.setdefault("torch_dtype", table["dtype"])
-    config.write_text(json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _licence(folder: Path | None) -> str:

@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from passes.canonicalise import canonicalise
 from passes.find.alike import Text, carried, text
 from passes.find.anchor import Anchor, Near, Scan, anchors, nearest
+from passes.find.execute import Unknown
 from passes.find.lift import Lifting, Region, lift
 from passes.find.names import module_path, numbered, where
 from passes.find.roots import NotLifted
@@ -70,6 +71,11 @@ def _attempt(scan: Scan, anchor: Anchor, key: str) -> Lifting | NotLifted:
         return lift(scan, anchor, key)
     except NotLifted as reason:
         return reason
+    except Unknown as missing:
+        return NotLifted(f"the region needs the value of `{missing.node.name}`, which nothing in it gives", anchor.node)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        # an op that cannot be run alone, in float64 or on other sizes; one attention less, not no plan at all
+        return NotLifted(f"the region cannot be run: {str(error).splitlines()[0]}", anchor.node)
 
 
 __all__ = ["Found", "Refused", "Region", "find"]

@@ -213,7 +213,11 @@ def _fold(graph: Graph, node: fx.Node) -> Any:
         raise Unknown(node)
     read = set(by_value(node))
     env = {source: graph.folded[source] if source in read else stand_in(source) for source in node.all_input_nodes}
-    return widen(_function(node)(*_fill(_freeze(node.args), env), **_fill(_freeze(node.kwargs), env)))
+    args = _freeze(node.args)
+    if node in graph.numbers:
+        old, new = graph.numbers[node]
+        args = [new if type(x) is int and x == old else x for x in args]
+    return widen(_function(node)(*_fill(args, env), **_fill(_freeze(node.kwargs), env)))
 
 
 def stand_in(node: fx.Node) -> Any:

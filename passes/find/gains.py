@@ -29,7 +29,7 @@ class Weighed:
     letter: str
     run: Callable[[Tensor, Sequence[Tensor]], Tensor]
     u: Tensor
-    """Large root outputs (positions, rows)."""
+    """Root outputs (positions, rows), large where a norm follows."""
     at: Tensor
     matrix: Matrix
     turn: Turn
@@ -104,7 +104,8 @@ def affine(graph: Graph, what: str, values: Values, leaves: Sequence[fx.Node], d
         if linked is None:
             continue
         if found is not None:
-            raise NotLifted(f"the {what} is made of two parameters, {found[0]} and {graph.parameters[leaf]}")
+            names = f"{found[0]} and {graph.parameters[leaf]}"
+            raise NotLifted(f"the {what} is made of several parameters, {names} among them")
         found = (graph.parameters[leaf], *linked)
         weight = weights[i].reshape(-1)
     if found is None:

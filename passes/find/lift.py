@@ -11,6 +11,7 @@ from passes.canonicalise import is_absent
 from passes.find.anchor import Anchor, Scan
 from passes.find.core import core
 from passes.find.draw import Draw
+from passes.find.far import beyond
 from passes.find.law import Asked, Law, law, mask, mods, scale_of
 from passes.find.leads import Leads, leads
 from passes.find.names import common, module_path, where
@@ -57,38 +58,60 @@ def lift(scan: Scan, anchor: Anchor, key: str) -> Lifting:
 
 def _lift(scan: Scan, anchor: Anchor, draw: Draw, key: str) -> Lifting:
     with torch.no_grad():
-        middle = core(scan, anchor, draw)
-        sides = zip("qkv", (middle.q, middle.k, middle.v), strict=True)
-        regions = [region(scan, letter, side) for letter, side in sides]
-        at = leads(middle, *(positions(r, draw(r.leaves)) for r in regions))
-        asked = Asked(middle, at)
-        draw, found = _law(asked, draw)
-        parts, factor = _merged(triple(scan, regions, at, draw))
-        on_input = any(leaf in scan.graph.inputs for leaf in middle.scores.leaves)
-        predicate = mask(found, on_input)
-        _ordered(at, parts, predicate.is_all and found.bias is None, anchor)
-        tokens = at.q_at.shape[1]
-        site = Site(
-            name=common([*(module_path(r.node) for x in regions for r in x.roots), module_path(anchor.node)]),
-            q=parts.q,
-            k=parts.k,
-            v=parts.v,
-            heads=parts.q.heads,
-            kv_of=parts.kv_of,
-            form=Dense(parts.k.heads) if parts.k.heads == parts.q.heads else Grouped(parts.k.heads),
-            mask=predicate,
-            scale=tuple(float(f"{x * factor:.12g}") for x in scale_of(found)),
-            mods=mods(scan.graph, asked, found, draw, on_input and _bias_changes(asked, found, draw)),
-            out=output(scan, middle, at, draw),
-            cross=not same_tokens(scan.graph, regions[0].roots[0].source, regions[1].roots[0].source),
-            proof=Proof((), (tokens,), key),
-            where=where(anchor.node),
-        )
-        errors = validate(Setting(scan.graph, middle, at, regions, draw), site, found, factor)
-    way = ahead(scan, middle.out.node)
-    q, k, v = (tuple(r.node.name for r in x.roots for _ in r.parts) for x in regions)
-    place = Region(q, k, v, core=middle.out.node.name, out=None if way is None else way.root.node.name)
-    return Lifting(replace(site, proof=Proof(errors, (tokens,), key)), place, bool(draw.true))
+        told = describe(scan, anchor, draw, key)
+        errors = validate(told.setting, told.site, told.law, told.factor)
+    proof = replace(told.site.proof, errors=errors)
+    return Lifting(replace(told.site, proof=proof), _region(scan, told), bool(told.setting.draw.true))
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """A site not yet proven, with all that its proof runs; `factor` is what the scale took from the gains."""
+
+    site: Site
+    setting: Setting
+    law: Law
+    factor: float
+
+
+def describe(scan: Scan, anchor: Anchor, draw: Draw, key: str) -> Description:
+    """Read a site off its region."""
+    middle = core(scan, anchor, draw)
+    sides = zip("qkv", (middle.q, middle.k, middle.v), strict=True)
+    regions = [region(scan, letter, side) for letter, side in sides]
+    at = leads(middle, *(positions(r, draw(r.leaves)) for r in regions))
+    asked = Asked(middle, at)
+    draw, found = _law(asked, draw)
+    parts, factor = _merged(triple(scan, regions, at, draw))
+    on_input = any(leaf in scan.graph.inputs for leaf in middle.scores.leaves)
+    predicate = mask(found, on_input)
+    if not on_input:
+        predicate = beyond(scan, anchor, draw, at, predicate)
+    _ordered(at, parts, predicate.is_all and found.bias is None, anchor)
+    site = Site(
+        name=common([*(module_path(r.node) for x in regions for r in x.roots), module_path(anchor.node)]),
+        q=parts.q,
+        k=parts.k,
+        v=parts.v,
+        heads=parts.q.heads,
+        kv_of=parts.kv_of,
+        form=Dense(parts.k.heads) if parts.k.heads == parts.q.heads else Grouped(parts.k.heads),
+        mask=predicate,
+        scale=tuple(float(f"{x * factor:.12g}") for x in scale_of(found)),
+        mods=mods(scan.graph, asked, found, draw, on_input and _bias_changes(asked, found, draw)),
+        out=output(scan, middle, at, draw),
+        cross=not same_tokens(scan.graph, regions[0].roots[0].source, regions[1].roots[0].source),
+        proof=Proof((), (at.q_at.shape[1],), key),
+        where=where(anchor.node),
+    )
+    return Description(site, Setting(scan.graph, middle, at, regions, draw), found, factor)
+
+
+def _region(scan: Scan, told: Description) -> Region:
+    """The site's nodes by name."""
+    way = ahead(scan, told.setting.core.out.node)
+    q, k, v = (tuple(r.node.name for r in x.roots for _ in r.parts) for x in told.setting.regions)
+    return Region(q, k, v, told.setting.core.out.node.name, None if way is None else way.root.node.name)
 
 
 def _law(asked: Asked, draw: Draw) -> tuple[Draw, Law]:

@@ -20,7 +20,7 @@ from passes.find.bits import spell
 from passes.find.roots import NotLifted
 
 Kind = Literal["rms", "layer"]
-LARGE = 1e3
+LARGE = 1e6
 """Inputs at which an eps vanishes."""
 TINY = 1e-10
 """Relative to the largest entry of M: nothing."""

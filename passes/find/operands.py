@@ -102,7 +102,7 @@ def _lift(scan: Scan, region: Stretch, take: Callable[[Tensor], Tensor], where: 
     probe = Probe(region.letter, lambda u: run(u, weights), where, region.positions, region.rows)
     found = matrix(probe)
     turn = decode(found, region.letter)
-    weighed = Weighed(region.letter, run, random(region, LARGE, 32), where, found, turn)
+    weighed = Weighed(region.letter, run, random(region, 1.0 if found.kind is None else LARGE, 32), where, found, turn)
     gain = affine(scan.graph, f"gain of {region.letter}", weighed.gain, leaves, draw)
     shift = _shift(scan, weighed, leaves, draw)
     norm = _norm(weighed, weights)

@@ -28,7 +28,7 @@ class Ahead:
 
 
 def ahead(scan: Scan, start: fx.Node) -> Ahead | None:
-    """Breadth first from the core's result to the next projection; None where there is none before the next attention."""
+    """Breadth first from the core's result to the next projection, if it stands before the next attention."""
     previous: dict[fx.Node, fx.Node] = {}
     queue = deque([start])
     while queue and len(previous) < FAR:

@@ -83,7 +83,8 @@ def _stops(scan: Scan, letter: str, node: fx.Node) -> None:
     """Nodes that no walk passes."""
     name = op_name(node)
     if node.op == "placeholder":
-        raise NotLifted(f"{letter} hangs on the input `{node.name}` with no projection between (as positions can)", node)
+        reason = f"{letter} hangs on the input `{node.name}` with no projection between, as a caller's positions do"
+        raise NotLifted(reason, node)
     if node.op != "call_function":
         raise NotLifted(f"{letter} is computed by `{node.target}`, which cannot be run", node)
     if name == FUSED or name in SOFTMAX[:2]:

@@ -210,9 +210,8 @@ def _rows_of(spelled: Codes, sizes: tuple[int, ...], by_rows: tuple[int, ...], r
 
 def _bias_codes(graph: Graph, bias: Any, rows: int) -> list[tuple[str | None, int]] | None:
     """Tensor and flat position for each row; (None, -1) where the bias is zero."""
-    nothing: tuple[str | None, int] = (None, -1)
     if bias is None:
-        return [nothing] * rows
+        return list[tuple[str | None, int]]([(None, -1)]) * rows
     spelled = codes(graph, bias) if isinstance(bias, fx.Node) and not graph.on_inputs(bias) else None
     if spelled is None or spelled.at.size not in (1, rows):
         return None

@@ -214,8 +214,8 @@ def too_much_held(model: PreTrainedModel, inputs: Inputs, expected: Mapping[tupl
     if isinstance(cache, EncoderDecoderCache):
         halves = dict.fromkeys(halves, cache.self_attention_cache) | {"cross": cache.cross_attention_cache}
     for (half, number), heads in expected.items():
-        layer = halves[half].layers[number]
-        for held in (layer.keys, layer.values):
-            if held.shape[1] != heads:
-                return f"cache layer {number} holds {held.shape[1]} heads instead of {heads}"
+        for layer in layers_of(halves[half])[number : number + 1]:
+            for held in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                if isinstance(held, Tensor) and held.dim() == 4 and held.shape[1] != heads:
+                    return f"cache layer {number} holds {held.shape[1]} heads instead of {heads}"
     return None

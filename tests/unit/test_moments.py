@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from passes.moments import NEEDS, SiteBatch, coordinates, divisor, frequencies
+from passes.moments import NEEDS, SiteBatch, coordinates, divisor, frequencies, windowed
 from rewrite.layout import gather
 from rewrite.site import Norm, Rope
 from tests.attend import HandStats, turned
@@ -87,3 +87,17 @@ def test_sums_add_up_over_batches() -> None:
     assert whole.moments.keys() == NEEDS.keys()
     for name in NEEDS:
         assert torch.allclose(whole.moments[name], parts.moments[name])
+
+
+def test_windows_in_one_row_are_taken_apart() -> None:
+    batch = batch_of(half_rope(4), keep=torch.tensor([[True] * 5, [False, True, True, True, True]]))
+
+    def joined(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+
+    u = {n: x.reshape(1, 10, -1) for n, x in batch.u.items()}
+    flat = replace(batch, u=u, q=joined(batch.q), k=joined(batch.k), v=joined(batch.v))
+    for name, need in NEEDS.items():
+        assert torch.allclose(need(flat), need(batch)), name
+    assert torch.equal(windowed(flat).q, batch.q)
+    assert torch.equal(windowed(flat).u["k"], batch.u["k"])

@@ -20,6 +20,8 @@ PROPHET: dict[str, Any] = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 
+UNGROUPED = dict.fromkeys(("q_groups", "k_groups", "v_groups", "post_attention_groups"), 1)
+
 BERTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("bert", "BertConfig", "BertModel", {}),
     ("roberta", "RobertaConfig", "RobertaModel", {}),
@@ -37,7 +39,7 @@ BERTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("deberta", "DebertaConfig", "DebertaModel", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
     ("deberta-v2", "DebertaV2Config", "DebertaV2Model", {}),
     ("esm", "EsmConfig", "EsmModel", {"position_embedding_type": "rotary"}),
-    ("squeezebert", "SqueezeBertConfig", "SqueezeBertModel", {"embedding_size": 64}),
+    ("squeezebert", "SqueezeBertConfig", "SqueezeBertModel", {"embedding_size": 64, **UNGROUPED}),
     ("convbert", "ConvBertConfig", "ConvBertModel", {"embedding_size": 32}),
     ("flaubert", "FlaubertConfig", "FlaubertModel", {"emb_dim": 64, "n_layers": 2, "n_heads": 4}),
     ("fnet", "FNetConfig", "FNetModel", {}),

@@ -10,7 +10,7 @@ STAGES: dict[str, Any] = {
     "image_size": 32, "patch_size": 4, "depths": [2, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4,
 }  # fmt: skip
 LEVIT: dict[str, Any] = {
-    "image_size": 64, "hidden_sizes": [32, 64, 96], "num_attention_heads": [2, 4, 6], "depths": [1, 1, 1],
+    "image_size": 128, "hidden_sizes": [32, 64, 96], "num_attention_heads": [2, 4, 6], "depths": [1, 1, 1],
     "key_dim": [16, 16, 16],
 }  # fmt: skip
 
@@ -87,7 +87,7 @@ EYES: list[tuple[str, str, str, dict[str, Any]]] = [
         "mobilevit",
         "MobileViTConfig",
         "MobileViTModel",
-        {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 16, 24, 32, 40, 64], "image_size": 64},
+        {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 16, 24, 32, 40, 64], "image_size": 128},
     ),
     ("dpt", "DPTConfig", "DPTModel", {}),
     ("resnet", "ResNetConfig", "ResNetModel", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}),
