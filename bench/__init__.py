@@ -1,0 +1,1 @@
+"""What is measured and committed: coverage, emission, quality, each with its page under docs/."""

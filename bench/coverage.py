@@ -34,6 +34,10 @@ LIMIT = 1e-5
 """Largest relative difference of the outputs at the lossless limit, float32."""
 
 
+class _Late(BaseException):
+    """The time is over; no Exception, so that what tries another way on failures lets it through."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What is known of one model. Text in `error`, `frozen` and `lossless_error` says why something is missing."""
@@ -56,7 +60,7 @@ def measure(entry: Entry, limit: int, lossless: bool) -> Row:
     """One model, within `limit` seconds; what goes wrong is text in the row."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done in {limit} s")
+        raise _Late(f"not done in {limit} s")
 
     signal.signal(signal.SIGALRM, stop)
     row, begun = Row(entry.family, entry.name), time.perf_counter()
@@ -66,25 +70,27 @@ def measure(entry: Entry, limit: int, lossless: bool) -> Row:
         row = replace(row, executed=count_by_execution(model, inputs))
         # a model with a config is captured as a user's would be: with no inputs given
         own = None if hasattr(model, "config") else inputs
-        row, most = _find(row, model, own)
+        row, most = _find(row, model, own, dynamic=not lossless)
         if lossless and row.proven:
             row = _lossless(row, model, inputs, own, most)
-    except Exception as error:
+    except (Exception, _Late) as error:
         row = replace(row, error=_sentence(error))
     finally:
         signal.alarm(0)
     return replace(row, seconds=round(time.perf_counter() - begun, 2))
 
 
-def _find(row: Row, model: nn.Module, inputs: Any) -> tuple[Row, int]:
+def _find(row: Row, model: nn.Module, inputs: Any, dynamic: bool) -> tuple[Row, int]:
     """The row with what was found, and the number of kv heads that most sites have."""
-    program = capture(model, inputs)
+    program = capture(model, inputs, dynamic=dynamic)
     found = find(program.static)
     counts = Counter(site.kv_heads for site in found.sites)
     most = counts.most_common(1)[0][0] if counts else 0
     refused = [f"{r.name}: {r.refusal.reason}" for r in found.refused]
     heads = sum(site.heads for site in found.sites)
-    filled = replace(row, proven=len(found.sites), heads=heads, refused=refused, frozen=program.frozen or "")
+    # a conversion captures the dynamic graph by itself, and says what stands against it
+    frozen = (program.frozen or "") if dynamic else ""
+    filled = replace(row, proven=len(found.sites), heads=heads, refused=refused, frozen=frozen)
     return filled, most
 
 
@@ -108,7 +114,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     text = str(error) if isinstance(error, ReattnError) else f"{type(error).__name__}: {error}"
     return " / ".join(line.strip() for line in text.splitlines()[:3])[:400]
 

@@ -75,9 +75,7 @@ def angles_at(rope: Rope, positions: Tensor) -> Tensor:
     return start + positions.to(torch.float64)[..., None] * frequencies
 
 
-def logits(
-    site: Site, q: Tensor, k: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def logits(site: Site, q: Tensor, k: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """(b, h, t, s) scores as the softmax takes them, without sinks. `mask`: bool keeps where True, else it is added."""
     of = torch.as_tensor(site.kv_of, device=q.device)
     scale = torch.as_tensor(site.scale, dtype=q.dtype, device=q.device)[:, None, None]

@@ -1,6 +1,7 @@
 """A smaller cache for a loaded model; the original is untouched, generate() works as before."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -8,7 +9,7 @@ from rewrite import GQA, convert
 
 MODELS = Path(__file__).parent / "models"
 
-model = AutoModelForCausalLM.from_pretrained(MODELS / "llama", dtype="float32")
+model: Any = AutoModelForCausalLM.from_pretrained(MODELS / "llama", dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(MODELS / "llama")
 new = convert(model, GQA(kv_heads=3), calibration=MODELS / "calibration.txt")
 

@@ -3,6 +3,7 @@
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +17,7 @@ PROMPT = "def read_lines(path):\n    with open(path"
 
 def complete(folder: Path) -> str:
     """Forty greedy tokens after the prompt."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     return tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0])

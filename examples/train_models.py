@@ -14,6 +14,7 @@ import math
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,6 +32,7 @@ from transformers import (
 HERE = Path(__file__).parent / "models"
 VOCAB, CONTEXT, BATCH = 4096, 256, 8
 LEFT_OUT = {"test", "tests", "encodings", "pydoc_data", "idle_test", "turtledemo", "site-packages", "dist-packages"}
+"""Folders of tests, tables and examples."""
 END = "<|end|>"
 
 
@@ -57,7 +59,10 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCAB,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(text.split(END), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=CONTEXT)
@@ -66,18 +71,19 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 def build(kind: str) -> PreTrainedModel:
     """One of the three models: 4 layers, 6 query heads of 32 dimensions, all kv heads separate."""
     torch.manual_seed(0)
-    shared = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True)
-    gated = dict(
-        hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=6,
-        head_dim=32, max_position_embeddings=CONTEXT, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
+    shared: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    shared |= {"vocab_size": VOCAB, "tie_word_embeddings": True}
+    gated: dict[str, Any] = {
+        "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
+        "num_key_value_heads": 6, "head_dim": 32, "max_position_embeddings": CONTEXT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**shared, **gated))
     if kind == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**shared, **gated))
-    return GPT2LMHeadModel(
-        GPT2Config(**shared, n_embd=192, n_layer=4, n_head=6, n_positions=CONTEXT, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    )
+    sizes: dict[str, Any] = {"n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": CONTEXT}
+    return GPT2LMHeadModel(GPT2Config(**shared, **sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
 
 def perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
@@ -115,9 +121,11 @@ def rate(step: int, steps: int, peak: float = 2.5e-3) -> float:
 
 def train(model: PreTrainedModel, ids: torch.Tensor, steps: int) -> None:
     """AdamW on random windows; biases, norms and embeddings without weight decay."""
-    decay = [p for n, p in model.named_parameters() if p.dim() == 2 and "emb" not in n and "wte" not in n and "wpe" not in n]
+    tables = ("emb", "wte", "wpe")
+    decay = [p for n, p in model.named_parameters() if p.dim() == 2 and not any(t in n for t in tables)]
     rest = [p for p in model.parameters() if all(p is not q for q in decay)]
-    optimiser = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(0)
     start = time.process_time()
     for step in range(steps):
@@ -131,7 +139,8 @@ def train(model: PreTrainedModel, ids: torch.Tensor, steps: int) -> None:
         optimiser.step()
         optimiser.zero_grad()
         if step % 50 == 0:
-            print(f"step {step}/{steps} loss {float(loss.detach()):.3f} cpu {(time.process_time() - start) / 60:.1f} min", flush=True)
+            minutes = (time.process_time() - start) / 60
+            print(f"step {step}/{steps} loss {float(loss.detach()):.3f} cpu {minutes:.1f} min", flush=True)
 
 
 def ship(kind: str, steps: int) -> None:

@@ -173,7 +173,9 @@ def _site_batch(
         which: operand(o, torch.split(u[which], [r.rows for r in o.roots], -1), tensors, None, turned=False)
         for which, o in (("q", site.q), ("k", site.k), ("v", site.v))
     }
-    return SiteBatch(site, u, values["q"], values["k"], values["v"], lambda: _probabilities(machine, part, local, env), keep)
+    return SiteBatch(
+        site, u, values["q"], values["k"], values["v"], lambda: _probabilities(machine, part, local, env), keep
+    )
 
 
 def _probabilities(machine: Machine, part: Slice, local: Env, env: Env) -> Tensor:

@@ -239,9 +239,9 @@ def _holds_cache(site: Site) -> bool:
 
 
 def _memory(source: Source, sites: tuple[Site, ...]) -> int:
-    """The model, its copy, and float64 statistics of the largest site: a few matrices of its input and head widths."""
+    """The model in float32, its copy, and float64 statistics of the largest site: a few matrices of its widths."""
     widest = max((s.q.roots[0].columns + s.heads * (s.q.dim + s.v.dim) for s in sites), default=0)
-    return BASE_MEMORY + 2 * source.bytes + 8 * 3 * widest**2
+    return BASE_MEMORY + 2 * source.parameters * max(4, source.each) + 8 * 3 * widest**2
 
 
 def details(site: Site) -> str:

@@ -27,6 +27,8 @@ INNER = 8
 DAMPING = 1e-2
 NEGLIGIBLE = 1e-3
 """Relative error of the output that no step is worth taking against."""
+ENOUGH = 8
+"""So many equations per unknown are needed: outputs times tokens that fit."""
 SETTLED = 0.02
 """A step that changes the error by less than this part is the last."""
 
@@ -51,7 +53,7 @@ def polish(site: Site, source: Weights, parts: Parts, stats: Stats, steps: int) 
     problem = _Problem(stage, parts.gains, source.out_bias is not None)
     maps, out = white.enter(parts), _flat(parts)
     start = problem.at(maps, out)
-    if start.judges < NEGLIGIBLE:
+    if start.judges < NEGLIGIBLE or problem.equations < ENOUGH * sum(m.numel() for m in maps.parts):
         return parts
     now = problem.solve(maps, out)
     damping = DAMPING
@@ -106,16 +108,21 @@ class _Problem:
     gains: tuple[Tensor, Tensor, Tensor]
     biased: bool
 
+    @property
+    def equations(self) -> float:
+        """Outputs of all tokens that fit."""
+        return sum(float(scene.fits.sum()) * scene.y.shape[-1] for scene in self.stage)
+
     def at(self, maps: Maps, out: Tensor) -> _Point:
         """The errors of some maps with an output projection."""
         fit, judge = self._sums(maps)
         return _Point(maps, out, fit.error(out), (judge if judge.yy > 0 else fit).error(out))
 
     def solve(self, maps: Maps, out: Tensor) -> _Point:
-        """The best output projection for some maps, and its errors; unseen tokens choose the ridge."""
+        """The best output projection for some maps, and its errors; unseen tokens choose the ridge, or none."""
         fit, judge = self._sums(maps)
         judge = judge if judge.yy > 0 else fit
-        solutions = [solved(out, fit, ridge) for ridge in RIDGES]
+        solutions = [out, *(solved(out, fit, ridge) for ridge in RIDGES)]
         best = min(solutions, key=judge.error)
         return _Point(maps, best, fit.error(best), judge.error(best))
 

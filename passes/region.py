@@ -1,6 +1,6 @@
 """Which nodes of a captured graph a site's weights reach, and running just those.
 
-    everything before  ->  boundary values  ->  [ slice: all that the site's tensors touch ]  ->  the rest
+everything before  ->  boundary values  ->  [ slice: all that the site's tensors touch ]  ->  the rest
 """
 
 from __future__ import annotations
@@ -187,7 +187,11 @@ def features_last(value: Tensor, width: int) -> Tensor:
 def projected(part: Slice, local: Env, which: str) -> Tensor:
     """(batch, tokens, rows): outputs of the operand's projections, one after the other."""
     operand: Operand = getattr(part.site, which)
-    parts = [features_last(local[n], r.rows) for n, r in zip(part.roots[which], operand.roots, strict=True)]
+    widths: dict[Node, int] = {}
+    for node, root in zip(part.roots[which], operand.roots, strict=True):
+        # a projection whose weight is several tensors is named once for each of them
+        widths[node] = widths.get(node, 0) + root.rows
+    parts = [features_last(local[n], width) for n, width in widths.items()]
     return torch.cat([p if p.dim() == 3 else p.reshape(-1, *p.shape[-2:]) for p in parts], -1)
 
 

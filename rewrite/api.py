@@ -220,7 +220,9 @@ def emit(program: Program, changes: Mapping[str, Change], planned: Plan) -> tupl
         made = lower(program.dynamic or program.static, pairs, named_tensors(program.module))
         return made, planned.emitted(dict.fromkeys(pairs, ("graph", "")), {})
     emitted = emit_pretrained(program.module, pairs, program.kwargs)
-    planned = planned.emitted({n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}, emitted.refused)
+    planned = planned.emitted(
+        {n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}, emitted.refused
+    )
     _require(planned)
     return emitted.model, planned
 

@@ -68,9 +68,7 @@ def _tokens(items: list[Any], tokenizer: Any | None) -> Tensor:
         elif isinstance(item, (str, Path)):
             rows.append(_encoded(item.read_text("utf-8") if isinstance(item, Path) else item, tokenizer))
         else:
-            raise BadUsage(
-                "calibration", f"a {type(item).__name__} among the calibration is neither text nor tokens"
-            )
+            raise BadUsage("calibration", f"a {type(item).__name__} among the calibration is neither text nor tokens")
     return torch.cat(rows)
 
 

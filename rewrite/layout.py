@@ -1,7 +1,7 @@
 """Between a site's weights head by head and the tensors of the checkpoint, whatever their layout.
 
-    gather:   tensors -> Weights                 (q, k, v rows by head, columns of the output projection by head)
-    expanded: Weights -> tensors of the old shapes, a kv head repeated wherever the source had several
+gather:   tensors -> Weights                 (q, k, v rows by head, columns of the output projection by head)
+expanded: Weights -> tensors of the old shapes, a kv head repeated wherever the source had several
 """
 
 from __future__ import annotations

@@ -130,5 +130,3 @@ def in_float32(module: nn.Module, *, copied: bool = True) -> nn.Module:
             if tensor.is_floating_point() and tensor.dtype.itemsize < 4:
                 tensor.data = tensor.data.float()
     return wide
-
-

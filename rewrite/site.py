@@ -265,7 +265,8 @@ class Site(Data):
     """One attention of the model."""
 
     name: str
-    """Module path: "model.layers.3.self_attn"; "#1", "#2" ... follow where one module holds several."""
+    """Module path: "model.layers.3.self_attn", "attention" where the model itself is the module; "#1", "#2" ...
+    follow where one module holds several."""
     q: Operand
     k: Operand
     v: Operand
@@ -295,8 +296,8 @@ class Site(Data):
 
     @property
     def heads_alike(self) -> bool:
-        """Nothing tells one query head from another but weights, so they may be permuted."""
-        return len(self.scale) == 1 and not any(isinstance(m, Bias) for m in self.mods)
+        """Nothing tells one query head from another but its projections, so heads may be permuted with them."""
+        return len(self.scale) == 1 and not any(isinstance(m, (Bias, Sink)) for m in self.mods)
 
     def __str__(self) -> str:
         from rewrite.text import site_line

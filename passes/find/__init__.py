@@ -40,7 +40,7 @@ def find(ep: ExportedProgram) -> Found:
     met = anchors(scan)
     cache: dict[str, tuple[Text, Lifting | NotLifted]] = {}
     results = [_result(scan, anchor, cache) for anchor in met]
-    names = numbered([r.site.name if isinstance(r, Lifting) else r.name for r in results])
+    names = numbered([(r.site.name if isinstance(r, Lifting) else r.name) or "attention" for r in results])
     lifted = [
         (replace(r.site, name=name), r.place) for r, name in zip(results, names, strict=True) if isinstance(r, Lifting)
     ]

@@ -116,9 +116,7 @@ def _written(scan: Scan, anchor: Anchor, draw: Draw) -> Core:
     first = stage.key in above.only(False)
     if not first and stage.key not in above.only(True):
         raise NotLifted("the softmax does not run over an axis of keys alone", anchor.node)
-    q_node, k_node, lq, lk = (
-        (above.a, above.b, above.la, above.lb) if first else (above.b, above.a, above.lb, above.la)
-    )
+    q_node, k_node, lq, lk = (above.a, above.b, above.la, above.lb) if first else (above.b, above.a, above.lb, above.la)
     keys, mine = above.only(not first), above.only(first)
     if len(keys) > 1 or not mine:
         raise NotLifted(f"the scores have {len(keys)} axes of keys and {len(mine)} of queries", above.node)
@@ -136,16 +134,12 @@ def _written(scan: Scan, anchor: Anchor, draw: Draw) -> Core:
     return Core(anchor, q, k, v, out, scores, rows, v_of[:, 0])
 
 
-def _mixing(
-    scan: Scan, anchor: Anchor, below: Product, scores: Written, draw: Draw
-) -> tuple[Side, Side, Tensor]:
+def _mixing(scan: Scan, anchor: Anchor, below: Product, scores: Written, draw: Draw) -> tuple[Side, Side, Tensor]:
     """The second product: v, the result, and which of its rows each row of the scores makes."""
     first = leads_to(scan.graph, below.a, anchor.node)
     if first == leads_to(scan.graph, below.b, anchor.node):
         raise NotLifted("both sides of the product below the softmax come from it", below.node)
-    p_node, v_node, lp, lv = (
-        (below.a, below.b, below.la, below.lb) if first else (below.b, below.a, below.lb, below.la)
-    )
+    p_node, v_node, lp, lv = (below.a, below.b, below.la, below.lb) if first else (below.b, below.a, below.lb, below.la)
     summed, features = below.contracted(first), below.only(not first)
     mine = [c for c in lp if c in below.only(first)]
     if len(summed) != 1 or not mine:
@@ -213,4 +207,3 @@ def leads_to(graph: Graph, node: fx.Node, target: fx.Node) -> bool:
         seen.add(top)
         stack.extend(by_value(top))
     return False
-

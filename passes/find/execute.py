@@ -161,9 +161,7 @@ def _fill(args: Any, env: dict[fx.Node, Any]) -> Any:
     return args
 
 
-def _between(
-    graph: Graph, given: set[fx.Node], wanted: Iterable[fx.Node], fixed: dict[fx.Node, Any]
-) -> list[fx.Node]:
+def _between(graph: Graph, given: set[fx.Node], wanted: Iterable[fx.Node], fixed: dict[fx.Node, Any]) -> list[fx.Node]:
     """Nodes that need running, in order; constants met on the way go to `fixed`."""
     seen: set[fx.Node] = set()
     moving: list[fx.Node] = []

@@ -116,9 +116,7 @@ def affine(graph: Graph, what: str, values: Values, leaves: Sequence[fx.Node], d
     return Affine(_tidy(constant.numpy()), _tidy(factor.numpy()), name, index.numpy())
 
 
-def _linked(
-    what: str, values: Values, weights: Sequence[Tensor], i: int
-) -> tuple[Tensor, Tensor] | None:
+def _linked(what: str, values: Values, weights: Sequence[Tensor], i: int) -> tuple[Tensor, Tensor] | None:
     """Index and factor of each value in parameter i, or None where it moves nothing."""
     mine = weights[i]
     other = mine + 1.0

@@ -186,9 +186,7 @@ def _own_rows(tape: _Tape, sizes: _Sizes, reads: Tensor, odd: Tensor, cotangents
     return own
 
 
-def _columns(
-    tape: _Tape, sizes: _Sizes | None, of_head: Tensor, odd: Tensor, share: Tensor
-) -> tuple[Tensor, Tensor]:
+def _columns(tape: _Tape, sizes: _Sizes | None, of_head: Tensor, odd: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (h, d, 2) and values (h, t, d, 2), one pull for each column of all heads."""
     heads, tokens, dim = odd.shape
     rows = torch.full((heads, dim, 2), -1)

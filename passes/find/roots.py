@@ -121,9 +121,7 @@ def _product(graph: Graph, node: fx.Node) -> Projection | None:
     if sum(sides) != 1:
         return None
     first = sides[0]
-    weight, x, mine, other = (
-        (found.a, found.b, found.la, found.lb) if first else (found.b, found.a, found.lb, found.la)
-    )
+    weight, x, mine, other = (found.a, found.b, found.la, found.lb) if first else (found.b, found.a, found.lb, found.la)
     rows, columns = found.only(first), found.contracted(not first)
     if not rows or not columns or set(mine) - {None} != set(rows) | set(columns):
         return None

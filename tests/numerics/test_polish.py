@@ -99,12 +99,9 @@ def test_polish_lowers_the_error_on_tokens_that_did_not_fit(norm: Norm | None, c
     assert seen[1] < 0.99 * seen[0]
 
 
-def test_too_few_tokens_change_nothing_for_the_worse() -> None:
+def test_too_few_tokens_change_nothing() -> None:
     site, w, stats, parts = prepared(None, rows=1)
-    better = polish(site, w, parts, stats, 3)
-    unseen = stats_of(site, w, seed=11)
-    seen = [measure(unseen, p.weights(w), p.order.kv_of).fit.error(polish_module._flat(p)) for p in (parts, better)]
-    assert seen[1] < 1.1 * seen[0]
+    assert polish(site, w, parts, stats, 3) is parts
 
 
 def test_white_maps_come_back() -> None:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from tests.zoo import BY_NAME, count_by_execution
 from tests.zoo.hostile import Decoy
-from tests.zoo.spellings import D, Model
+from tests.zoo.spellings import D
+from tests.zoo.written import Model
 
 
 class Unused(nn.Module):

@@ -13,7 +13,8 @@ from tests.zoo.entry import Call, Entry, settled
 from tests.zoo.executed import count_by_execution
 from tests.zoo.hostile import HOSTILE
 from tests.zoo.senses import AUDIO, MULTIMODAL, VISION
-from tests.zoo.spellings import SPELLINGS, D, Model
+from tests.zoo.spellings import D
+from tests.zoo.written import SPELLINGS, Model
 
 __all__ = ["BY_NAME", "ENTRIES", "REFUSED", "Entry", "count_by_execution", "settled"]
 
