@@ -34,10 +34,11 @@ class Method:
     method: str = "default"
     refit: bool = True
     calibrated: bool = True
+    polish: int = 5
 
     def of(self, kv_heads: int) -> GQA:
         """The target."""
-        return GQA(kv_heads, method=self.method, refit=self.refit)  # type: ignore[arg-type]
+        return GQA(kv_heads, method=self.method, refit=self.refit, polish=self.polish)  # type: ignore[arg-type]
 
 
 METHODS = (
@@ -45,6 +46,7 @@ METHODS = (
     Method("aligned mean pooling", method="aligned", refit=False),
     Method("aligned mean pooling, refitted", method="aligned"),
     Method("default, weights only", calibrated=False),
+    Method("default, closed form alone (polish=0)", polish=0),
     Method("default"),
 )
 Ratios = Mapping[tuple[str, int, str], float]

@@ -152,10 +152,12 @@ def ship(kind: str, steps: int) -> None:
     tokenizer = train_tokenizer(train_text)
     ids, unseen = (torch.tensor(tokenizer(t, verbose=False)["input_ids"]) for t in (train_text, held_out))
     print(f"{kind}: {len(ids)} training tokens, {len(unseen)} held out", flush=True)
-    model, start = build(kind), time.process_time()
-    train(model, ids, steps)
+    start = time.process_time()
+    trained = build(kind)
+    train(trained, ids, steps)
     minutes = (time.process_time() - start) / 60
-    model = model.to(torch.bfloat16)
+    model: Any = trained
+    model.to(torch.bfloat16)
     facts = {
         "parameters": model.num_parameters(), "corpus_tokens": len(ids), "tokens_seen": steps * BATCH * CONTEXT,
         "steps": steps, "cpu_minutes": round(minutes, 1), "held_out_tokens": len(unseen),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ def _site_batch(
 def _probabilities(machine: Machine, part: Slice, local: Env, env: Env) -> Tensor:
     """(batch, heads, queries, keys) from the core's own operation, whatever mask and bias it was given."""
 
-    def look(node: Node) -> object:
+    def look(node: Node) -> Any:
         return next(values[node] for values in (local, env, machine.state) if node in values)
 
     for node in part.nodes:
@@ -190,7 +191,9 @@ def _probabilities(machine: Machine, part: Slice, local: Env, env: Env) -> Tenso
             p = local[node].double()
             return p if p.dim() == 4 else p.reshape(-1, part.site.heads, *p.shape[-2:])
         if "scaled_dot_product_attention" in name:
-            return _sdpa_probabilities(*map_arg(node.args, look), **map_arg(node.kwargs, look))
+            args: Any = map_arg(node.args, look)
+            kwargs: Any = map_arg(node.kwargs, look)
+            return _sdpa_probabilities(*args, **kwargs)
     raise BadUsage("calibration", f"{part.site.name}: no probabilities to read", "leave the calibration out")
 
 

@@ -42,8 +42,6 @@ def lower(program: ExportedProgram, changes: Mapping[str, tuple[Site, Rewritten]
     `changes` holds per site name the source's `Site` and what became of it. The captured tensors are not touched.
     """
     module = copy.deepcopy(program.module())
-    if not isinstance(module, GraphModule):
-        raise TypeError(f"torch.export gave a {type(module).__name__}")
     shrunk: dict[str, Shrunk] = {}
     for site, rewritten in changes.values():
         full = expanded(site, rewritten.weights, rewritten.site.kv_of, tensors)
@@ -88,7 +86,7 @@ def _expand(module: GraphModule, shrunk: Mapping[str, Shrunk]) -> None:
     of = {n: shrunk[n.target] for n in reads}
     for user in dict.fromkeys(u for n in reads for u in n.users):
         if _linear_over(user, of):
-            _widen_output(module, user, of[user.args[1]])
+            _widen_output(module, user, of[user.all_input_nodes[1]])
         else:
             for tensor in [n for n in user.all_input_nodes if n in of]:
                 _widen_tensor(module, user, tensor, of[tensor])

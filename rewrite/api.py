@@ -92,7 +92,7 @@ def convert(
     for each in _sequence(target):
         done.append(replace(step, target=each).run(module, tell))
         module = done[-1].model
-    made = opened.as_given(module)
+    made: Any = opened.as_given(module)
     checked = _check(opened, made, text, inputs, max_loss, seed, tell, step.lossless(done[0])) if check else None
     made.rewrite_report = _report(opened, step, _sequence(target), done, checked, seed)
     if out is not None:
