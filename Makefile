@@ -14,7 +14,7 @@ demo: .venv
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -96,7 +96,7 @@ class GQA:
         if self.method != "default":
             parts = _pooled(known, weights, groups, self.method == "aligned")
         elif stats is None:
-            parts = _merged(known, weights, _splits(known, weights, groups, 1)[0], None)
+            parts = _merged(known, weights, _splits(known, weights, groups, 1)[0], 0.0)
         else:
             parts = _searched(known, weights, groups, stats)
             if self._polished(site):

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passes.moments import coordinates
+from passes.moments import coordinates, frequencies
 from rewrite.heads import Heads, Weights
 from rewrite.site import Norm, Operand, Sink, Site, Softcap
 
+SUPPOSED = 1024
+"""Tokens that attention is supposed to reach where nothing was measured."""
 FLOOR = 1e-12
 """What is smaller than this part of the layer's largest value counts as nothing (a dead head)."""
 
@@ -145,22 +147,41 @@ def _inverse_from_weights(heads: Heads, norm: Norm | None) -> Tensor:
 
 
 def _phases(site: Site, total: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(far, mean_far, even), each (h, d, d). Without calibration, or where the angles are a table, rotating pairs
-    have a uniform phase, so that nothing but equal coordinates goes together."""
-    d, rope = site.k.dim, site.k.rope
-    turning = torch.zeros(d, dtype=torch.bool)
-    if rope is not None:
-        turning[torch.from_numpy(rope.pairs.reshape(-1))] = True
-    if total is None or (rope is not None and rope.table is not None):
-        still = (~turning).double()
-        plain = torch.outer(still, still)
-        full = (plain + torch.diag(turning.double())).to(torch.complex128).expand(site.heads, d, d)
-        return full, plain.to(torch.complex128).expand(site.heads, d, d), full
+    """(far, mean_far, even), each (h, d, d)."""
+    if site.k.rope is not None and site.k.rope.table is not None:
+        return _uniform(site)
+    if total is None:
+        return _uniform(site) if site.k.rope is None or site.k.norm is not None else _supposed(site)
     far, mean, even = torch.view_as_complex(total.contiguous())
     start = _starts(site)
     turn = torch.outer(start, start.conj())
     count = far[:, :1, :1].real.clamp(min=1.0)
     return far / count * turn, mean / count * turn, even / even[:, :1, :1].real.clamp(min=1.0) * turn
+
+
+def _uniform(site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotating pairs have any phase, so that nothing but equal coordinates goes together: the safe guess where
+    angles are a table, or where a norm follows (it makes every error of a merge across pairs larger)."""
+    d, rope = site.k.dim, site.k.rope
+    turning = torch.zeros(d, dtype=torch.bool)
+    if rope is not None:
+        turning[torch.from_numpy(rope.pairs.reshape(-1))] = True
+    still = (~turning).double()
+    plain = torch.outer(still, still)
+    full = (plain + torch.diag(turning.double())).to(torch.complex128).expand(site.heads, d, d)
+    return full, plain.to(torch.complex128).expand(site.heads, d, d), full
+
+
+def _supposed(site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention that falls with the distance as 1 / (1 + distance), which is near what trained heads do on average."""
+    ahead = bool(site.mask.table(2, 2)[0, 1])
+    distance = torch.arange(-SUPPOSED, SUPPOSED + 1 if ahead else 1, dtype=torch.float64)
+    p = 1 / (1 + distance.abs())
+    p = (p / p.sum()).to(torch.complex128)
+    turn = torch.polar(torch.ones_like(distance)[:, None], distance[:, None] * frequencies(site.k)) * _starts(site)
+    far, mean = (turn.T * p) @ turn.conj(), turn.T @ p
+    heads = (site.heads, -1, -1)
+    return far.expand(heads), torch.outer(mean, mean.conj()).expand(heads), far.expand(heads)
 
 
 def _starts(site: Site) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def _expand(module: GraphModule, shrunk: Mapping[str, Shrunk]) -> None:
     of = {n: shrunk[n.target] for n in reads}
     for user in dict.fromkeys(u for n in reads for u in n.users):
         if _linear_over(user, of):
-            _widen_output(module, user, of[user.all_input_nodes[1]])
+            _widen_output(module, user, of[_weight(user)])
         else:
             for tensor in [n for n in user.all_input_nodes if n in of]:
                 _widen_tensor(module, user, tensor, of[tensor])
@@ -94,11 +95,16 @@ def _expand(module: GraphModule, shrunk: Mapping[str, Shrunk]) -> None:
 
 def _linear_over(user: Node, of: Mapping[Node, Shrunk]) -> bool:
     """A linear whose weight, and whose bias where it has one, repeat alike along the output."""
-    if user.target is not aten.linear.default or user.args[1] not in of:
+    if user.target is not aten.linear.default or _weight(user) not in of:
         return False
-    weight, bias = of[user.args[1]], user.args[2] if len(user.args) > 2 else None
+    weight, bias = of[_weight(user)], user.args[2] if len(user.args) > 2 else None
     alike = bias is None or (isinstance(bias, Node) and bias in of and of[bias].index == weight.index)
     return alike and weight.axis == 0 and weight.shape is None
+
+
+def _weight(linear: Node) -> Node:
+    weight: Any = linear.args[1]
+    return weight
 
 
 def _widen_output(module: GraphModule, linear: Node, how: Shrunk) -> None:

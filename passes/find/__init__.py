@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch.export import ExportedProgram
 
 from passes.canonicalise import canonicalise
@@ -36,6 +37,16 @@ class Found:
 
 def find(ep: ExportedProgram) -> Found:
     """Sites of a static export that went through `run_decompositions({})`. Weights may be fake: they are drawn."""
+    threads = torch.get_num_threads()
+    # the probes are thousands of small products: on a busy machine threads that wait for each other cost 30 times more
+    torch.set_num_threads(1)
+    try:
+        return _find(ep)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _find(ep: ExportedProgram) -> Found:
     scan = Scan(canonicalise(ep))
     met = anchors(scan)
     cache: dict[str, tuple[Text, Lifting | NotLifted]] = {}
