@@ -22,7 +22,7 @@ class SiteRow:
     parameters_before: int
     parameters_after: int
     form: str = ""
-    """How it is emitted: stock, bound, view or graph."""
+    """How it is emitted: stock, grouped, view or graph."""
     note: str = ""
     """Why it stays, or what its form costs."""
     error: float | None = None
@@ -30,7 +30,7 @@ class SiteRow:
 
     @property
     def remark(self) -> str:
-        """Form and note in one cell: stock, or bound (why not stock)."""
+        """Form and note in one cell: stock, or grouped (why not stock)."""
         return f"{self.form} ({self.note})" if self.form and self.note else self.form or self.note
 
 

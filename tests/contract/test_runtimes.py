@@ -18,7 +18,7 @@ def test_the_test_exists(runtime: Runtime):
 
 
 @pytest.mark.parametrize(
-    ("forms", "trust"), [({"stock"}, False), ({"stock", "bound"}, True), ({"view"}, True), ({"stock", "view"}, True)]
+    ("forms", "trust"), [({"stock"}, False), ({"stock", "grouped"}, True), ({"view"}, True), ({"stock", "view"}, True)]
 )
 def test_code_in_the_folder_is_told(forms: set[str], trust: bool):
     assert ("trust_remote_code" in " ".join(runtimes(forms))) == trust

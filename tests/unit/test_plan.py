@@ -48,7 +48,7 @@ def test_in_part(golden):
 
 def test_emitted(golden):
     """What emission chose, and the site that no form computes, which goes back to what it was."""
-    forms = {s.name: ("stock", "") for s in SITES[:2]} | {SITES[2].name: ("bound", "stock: rope differs")}
+    forms = {s.name: ("stock", "") for s in SITES[:2]} | {SITES[2].name: ("grouped", "stock: rope differs")}
     plan = planned(*SITES, target=Halve(3)).emitted(forms, {SITES[3].name: "bound: result 2 is not known"})
     assert plan.converted == 3
     assert plan.after[3] is plan.sites[3]

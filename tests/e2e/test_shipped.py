@@ -1,0 +1,89 @@
+"""The shipped models, converted on text and written: what loads them afterwards, without this project, agrees."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rewrite import GQA, convert
+from rewrite.emit.validate import cache_bytes
+
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+CHILD = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("rewrite", "passes", "codegen"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+import torch, transformers
+folder, own = sys.argv[1], sys.argv[2] == "own"
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own)
+ids = torch.arange(40).reshape(2, 20) * 17 % 4096
+settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+out = model.generate(ids, **settings)
+held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+print(type(model).__name__, model.dtype)
+with torch.no_grad():
+    torch.save({"logits": model(ids).logits, "tokens": out.sequences, "held": held}, sys.argv[3])
+"""
+
+
+def converted(kind: str, out: Path, target: GQA) -> torch.nn.Module:
+    return convert(
+        MODELS / kind, target, calibration=MODELS / "calibration.txt", samples=6, length=64, out=out, check=False
+    )
+
+
+@pytest.mark.parametrize(("kind", "own"), [("llama", False), ("qwen3", False), ("gpt2", True)])
+def test_a_folder_loads_where_reattn_is_not(kind: str, own: bool, tmp_path: Path):
+    made = converted(kind, tmp_path / "out", GQA(3, polish=0))
+    (tmp_path / "child.py").write_text(CHILD)
+    words = [str(tmp_path / "out"), "own" if own else "stock", str(tmp_path / "result.pt")]
+    done = subprocess.run(
+        [sys.executable, "-I", str(tmp_path / "child.py"), *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.bfloat16" in done.stdout
+    assert ("Reattn" in done.stdout) == own
+    found = torch.load(tmp_path / "result.pt")
+    ids = torch.arange(40).reshape(2, 20) * 17 % 4096
+    with torch.no_grad():
+        assert torch.equal(made(ids).logits, found["logits"])
+    source = AutoModelForCausalLM.from_pretrained(MODELS / kind)
+    settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    assert 2 * found["held"] == cache_bytes(source.generate(ids, **settings).past_key_values)
+
+
+def test_equal_runs_leave_equal_bytes(tmp_path: Path):
+    for name in ("one", "two"):
+        converted("llama", tmp_path / name, GQA(2, polish=1))
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert set(one) == set(two) >= {"model.safetensors", "config.json", "reattn.toml", "report.json", "README.md"}
+    assert [n for n in one if one[n] != two[n]] == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_all_heads_kept_is_the_model_itself(kind: str):
+    source = AutoModelForCausalLM.from_pretrained(MODELS / kind, dtype=torch.float32)
+    made = convert(source, GQA(6), check=False)
+    ids = torch.arange(60).reshape(2, 30) * 31 % 4096
+    with torch.no_grad():
+        a, b = source(ids).logits, made(ids).logits
+    assert float((a - b).abs().max() / a.abs().max()) <= 1e-5
+    assert made.rewrite_report.converted == 4
+
+
+def test_calibration_loses_less_than_weights_alone_and_pooling():
+    """On the same windows, unseen by all three; a wrong moment or a wrong order of heads would turn this round."""
+    source = AutoModelForCausalLM.from_pretrained(MODELS / "llama", dtype=torch.float32)
+    given = {"calibration": MODELS / "calibration.txt", "samples": 16, "length": 128}
+    text = (MODELS / "held_out.txt").read_text()[:12_000]
+    rises = [
+        convert(source, target, text=text, **more).rewrite_report.checked.loss
+        for target, more in ((GQA(3, polish=0), given), (GQA(3), {}), (GQA(3, method="aligned", refit=False), given))
+    ]
+    assert 0 < rises[0] < rises[1] < rises[2]
