@@ -10,10 +10,10 @@ from rewrite.site import Affine, Operand, Refusal, Root, Site
 
 def refuse_site(site: Site, kv_heads: int) -> str | None:
     """The first reason that applies, or None."""
-    reason = _refuse_count(site, kv_heads) or _refuse_output(site)
+    reason = _refuse_count(site, kv_heads) or _refuse_output(site) or _refuse_projections(site)
     if reason is not None or kv_heads == site.k.heads:
         return reason
-    return _refuse_projections(site) or _refuse_rope(site) or _refuse_readers(site) or _refuse_constants(site)
+    return _refuse_rope(site) or _refuse_readers(site) or _refuse_constants(site)
 
 
 def _refuse_count(site: Site, kv_heads: int) -> str | None:

@@ -54,6 +54,13 @@ def head_gains(site: Site) -> list[tuple[str, IntArray]]:
     return found
 
 
+def shrinking(site: Site) -> set[str]:
+    """Tensors that a module with fewer kv heads holds less of."""
+    roots = [only_root(o) for o in (site.k, site.v)]
+    names = {r.tensor for r in roots} | {r.bias for r in roots if r.bias is not None}
+    return names | {name for name, _ in head_gains(site)}
+
+
 def dropped(site: Site, kv_of: Sequence[int], *, last: bool) -> dict[str, IntArray]:
     """Tensor -> flat positions that a module with fewer kv heads does not have; of equal heads the first (or the
     last) place stays. Which of the two leaves the class's own order is decided by running both."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from rewrite.emit.edits import dropped, without
+from rewrite.emit.edits import dropped, shrinking, without
 from rewrite.emit.twin import put, table
 from rewrite.layout import Edits, only_root
 from rewrite.site import Site
@@ -138,9 +138,8 @@ def _fits(pairs: Pairs, served: Sequence[str], follows: Shapes, field: str) -> s
         return f"{field} is one number for all layers, these keep {', '.join(map(str, counts))} kv heads"
     explained: set[str] = set()
     for name in served:
-        site, new = pairs[name]
-        gone = dropped(site, new.kv_of, last=False)
-        explained |= set(gone)
+        site, _ = pairs[name]
+        explained |= shrinking(site)
         for tensor in {only_root(o).tensor for o in (site.k, site.v)}:
             if tensor not in follows:
                 return f"{tensor} does not follow {field}"

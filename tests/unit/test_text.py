@@ -13,9 +13,7 @@ from tests.contract import lifted as z
 def test_a_line_says_what_the_site_is() -> None:
     (site,) = z.lifted(z.grouped, 2).sites
     line = site_line(replace(site, name="layers.0.attn"))
-    assert line == (
-        "%layers.0.attn = attn grouped kv_heads=2  heads=4x8  scale=0.3536  mask=causal  rope=half(100)"
-    )
+    assert line == ("%layers.0.attn = attn grouped kv_heads=2  heads=4x8  scale=0.3536  mask=causal  rope=half(100)")
     assert "scale=0.35355" in site_line(site, exact=True)
 
 
