@@ -136,6 +136,7 @@ def page(rows: Sequence[Row]) -> str:
         "*Lossless* counts the models that GQA to as many kv heads as they have leaves unchanged (relative difference",
         f"of the outputs at most {LIMIT:g}, float32).",
         "",
+        f"{len(rows)} of the {len(ENTRIES) + len(REFUSED)} models of tests/zoo were measured. "
         f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}.",
         "",
         "| family | models | captured | attentions executed | proven | refused | models complete | lossless |",
