@@ -94,7 +94,8 @@ def open_model(model: Any, *, trust_remote_code: bool = False) -> Opened:
     """A module, or a checkpoint folder with its weights."""
     if isinstance(model, (str, Path)):
         module = build(model, weights=True, trust_remote_code=trust_remote_code)
-        return Opened(str(model), Path(model), _working(module, own=True), _types(module))
+        types = _types(module)  # read before the module is widened where it stands
+        return Opened(str(model), Path(model), _working(module, own=True), types)
     if not isinstance(model, nn.Module):
         raise Refused(
             "not-a-model",
