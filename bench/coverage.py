@@ -70,9 +70,9 @@ def measure(entry: Entry, limit: int, lossless: bool) -> Row:
         row = replace(row, executed=count_by_execution(model, inputs))
         # a model with a config is captured as a user's would be: with no inputs given
         own = None if hasattr(model, "config") else inputs
-        row, most = _find(row, model, own, dynamic=not lossless)
+        row, counts = _find(row, model, own, dynamic=not lossless)
         if lossless and row.proven:
-            row = _lossless(row, model, inputs, own, most)
+            row = _lossless(row, model, inputs, own, counts)
     except (Exception, _Late) as error:
         row = replace(row, error=_sentence(error))
     finally:
@@ -84,20 +84,19 @@ def _find(row: Row, model: nn.Module, inputs: Any, dynamic: bool) -> tuple[Row, 
     """The row with what was found, and the number of kv heads that most sites have."""
     program = capture(model, inputs, dynamic=dynamic)
     found = find(program.static)
-    counts = Counter(site.kv_heads for site in found.sites)
-    most = counts.most_common(1)[0][0] if counts else 0
+    counts = tuple(site.kv_heads for site in found.sites)
     refused = [f"{r.name}: {r.refusal.reason}" for r in found.refused]
     heads = sum(site.heads for site in found.sites)
     # a conversion captures the dynamic graph by itself, and says what stands against it
     frozen = (program.frozen or "") if dynamic else ""
     filled = replace(row, proven=len(found.sites), heads=heads, refused=refused, frozen=frozen)
-    return filled, most
+    return filled, counts
 
 
-def _lossless(row: Row, model: nn.Module, inputs: Any, own: Any, most: int) -> Row:
-    """GQA to as many kv heads as there are: the outputs must stay what they were."""
+def _lossless(row: Row, model: nn.Module, inputs: Any, own: Any, counts: tuple[int, ...]) -> Row:
+    """GQA to as many kv heads as each site has: the outputs must stay what they were."""
     try:
-        made = convert(model, GQA(kv_heads=most), inputs=own, check=False)
+        made = convert(model, GQA(kv_heads=counts), inputs=own, check=False)
     except ReattnError as error:
         return replace(row, lossless_error=_sentence(error))
     with torch.no_grad():
