@@ -80,8 +80,8 @@ def measure(entry: Entry, limit: int, lossless: bool) -> Row:
     return replace(row, seconds=round(time.perf_counter() - begun, 2))
 
 
-def _find(row: Row, model: nn.Module, inputs: Any, dynamic: bool) -> tuple[Row, int]:
-    """The row with what was found, and the number of kv heads that most sites have."""
+def _find(row: Row, model: nn.Module, inputs: Any, dynamic: bool) -> tuple[Row, tuple[int, ...]]:
+    """The row with what was found, and the kv heads of every site."""
     program = capture(model, inputs, dynamic=dynamic)
     found = find(program.static)
     counts = tuple(site.kv_heads for site in found.sites)
