@@ -20,7 +20,7 @@ from passes.plan import Plan, make_plan, no_attention, nothing_applies, require_
 from passes.sizes import describe
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
-from rewrite.check import check as compare
+from rewrite.compare import check as compare
 from rewrite.folder import refuse_output
 from rewrite.opened import Opened, open_model
 from rewrite.program import Program

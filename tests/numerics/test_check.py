@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from rewrite.check import cache_bytes, check, generated_cache, interval, logits, lossless_limit, predicts_next
+from rewrite.compare import cache_bytes, check, generated_cache, interval, logits, lossless_limit, predicts_next
 
 
 def llama(kv_heads: int = 4) -> LlamaForCausalLM:
