@@ -32,11 +32,56 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
+class Latents:
+    """What a site caches in place of keys and values, and how it is read. Float64.
+
+    y (features,) of a token: keys of all kv heads after norm, gain and shift and before the rope, head after head,
+    then values: features = g * d + g * dv. With rotation R_t by `frequencies` on channel pairs (2j, 2j + 1):
+
+        cached     c = down @ y,   r = R_s (turn @ y)
+        score      scale * ((read[h] @ q_h) . c  +  R_t (query_turn[h] @ q_h) . r)      softcap, bias, mask as before
+        output     out[h] @ (up_v[h] @ (sum_s p_s c_s)),  then out_bias
+
+    q_h is the query before the rope. A constant start of the source's rope stands in `turn` and `query_turn`.
+    Rebuilt: no rope channels; the key of kv head i is up_k[i] @ c, and is turned by the source's own rope.
+    """
+
+    down: Tensor
+    """(rank, features)"""
+    turn: Tensor
+    """(rope_dim, features)"""
+    read: Tensor
+    """(h, rank, d)"""
+    query_turn: Tensor
+    """(h, rope_dim, d)"""
+    up_v: Tensor
+    """(h, dv, rank)"""
+    frequencies: Tensor
+    """(rope_dim / 2,), in radians per token; one may occur several times"""
+    up_k: Tensor | None = None
+    """(g, d, rank), of the rebuilt form alone"""
+
+    @property
+    def rank(self) -> int:
+        """Numbers cached as they are."""
+        return self.down.shape[0]
+
+    @property
+    def rope_dim(self) -> int:
+        """Numbers cached turned."""
+        return self.turn.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
 class Rewritten:
     """What a target makes of a site. `site` is the new one; query head j of `weights` is head `order[j]` of the
-    source. Where `order` is the identity `kv_of` may be any map; else heads are permuted so that it is j // group."""
+    source. Where `order` is the identity `kv_of` may be any map; else heads are permuted so that it is j // group.
+
+    With `latents` the site's q, k and v are the source's (they say what y is) and of `weights` only `out` and
+    `out_bias` are new."""
 
     site: Site
     weights: Weights
     order: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    latents: Latents | None = None

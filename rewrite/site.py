@@ -202,7 +202,22 @@ class Grouped:
     kv_heads: int
 
 
-Form = Dense | Grouped
+@dataclass(frozen=True)
+class Latent:
+    """All heads read one latent vector per token (see `rewrite.heads.Latents`): `rank` numbers of it are cached as they
+    are and `rope_dim` turned. `rebuilt`: keys are expanded from the latent and turned at every step instead."""
+
+    rank: int
+    rope_dim: int
+    rebuilt: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        """One wide head."""
+        return 1
+
+
+Form = Dense | Grouped | Latent
 
 
 @dataclass(frozen=True)
@@ -292,6 +307,8 @@ class Site(Data):
     @property
     def cache_per_token(self) -> int:
         """Numbers cached per token and layer."""
+        if isinstance(self.form, Latent):
+            return self.form.rank + self.form.rope_dim
         return self.kv_heads * (self.k.dim + self.v.dim)
 
     @property

@@ -1,0 +1,81 @@
+"""The oracle for sites that cache a latent: attention from `Latents`, absorbed or rebuilt, in eager PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codegen.eager import logits, rotated
+from rewrite.heads import Latents
+from rewrite.site import Rope, Sink, Site
+
+
+def features(k: Tensor, v: Tensor) -> Tensor:
+    """(b, s, features) from k (b, g, s, d) before the rope and v (b, g, s, dv)."""
+    return torch.cat([k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2)], -1)
+
+
+def rotation(frequencies: Tensor) -> Rope:
+    """The rope of the cached channels: pairs (2j, 2j + 1)."""
+    f = frequencies.double().cpu().numpy()
+    pairs = torch.arange(2 * len(f)).view(-1, 2).numpy()
+    return Rope(pairs, f, f * 0.0)
+
+
+def cached(latents: Latents, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """(c, r): (b, s, rank) and (b, s, rope_dim) of tokens at positions `at` (s,) or (b, s)."""
+    c, r = y @ latents.down.to(y).T, y @ latents.turn.to(y).T
+    return c, rotated(rotation(latents.frequencies), r[:, None], at)[:, 0]
+
+
+def keys(latents: Latents, site: Site, c: Tensor, at: Tensor) -> Tensor:
+    """(b, g, s, d): the rebuilt form's keys, turned."""
+    if latents.up_k is None:
+        raise ValueError("only the rebuilt form has keys")
+    k = torch.einsum("bsr,gdr->bgsd", c, latents.up_k.to(c))
+    return k if site.k.rope is None else rotated(site.k.rope, k, at)
+
+
+def scores(latents: Latents, site: Site, q: Tensor, y: Tensor, at: Tensor, q_at: Tensor) -> Tensor:
+    """(b, h, t, s) before scale, cap, bias and mask. q (b, h, t, d) before the rope, at positions `q_at`."""
+    c, r = cached(latents, y, at)
+    if latents.up_k is not None:
+        turned = q if site.q.rope is None else rotated(site.q.rope, q, q_at)
+        return turned @ keys(latents, site, c, at)[:, list(site.kv_of)].transpose(-1, -2)
+    still = torch.einsum("bhtd,hrd->bhtr", q, latents.read.to(q)) @ c[:, None].transpose(-1, -2)
+    moving = torch.einsum("bhtd,hpd->bhtp", q, latents.query_turn.to(q))
+    return still + rotated(rotation(latents.frequencies), moving, q_at) @ r[:, None].transpose(-1, -2)
+
+
+def outputs(latents: Latents, p: Tensor, y: Tensor) -> Tensor:
+    """(b, h, t, dv): the heads' outputs under probabilities p (b, h, t, s)."""
+    c = y @ latents.down.to(y).T
+    return torch.einsum("bhtr,hdr->bhtd", p @ c[:, None], latents.up_v.to(y))
+
+
+def attention(
+    latents: Latents,
+    site: Site,
+    q: Tensor,
+    y: Tensor,
+    *,
+    added: Tensor | None = None,
+    sink: Tensor | None = None,
+    at: Tensor | None = None,
+    q_at: Tensor | None = None,
+) -> Tensor:
+    """(b, h, t, dv). `added` (b, h, t, s): mask and biases of the scores, -inf where nothing is seen; `sink`
+    (b, h, t, 1): one more logit that carries no value. Queries stand at the last positions unless `q_at` says."""
+    at = torch.arange(y.shape[1]) if at is None else at
+    q_at = at[..., y.shape[1] - q.shape[2] :] if q_at is None else q_at
+    raw = scores(latents, site, q, y, at, q_at)
+    # `logits` scales and caps products of q and k: one-hot keys hand it scores that are already products
+    eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device).expand(1, site.k.heads, -1, -1)
+    s_bhts = logits(site, raw, eye, mask=added)
+    if any(isinstance(m, Sink) for m in site.mods):
+        if sink is None:
+            raise ValueError("a site with sinks needs the sink's logits")
+        p = torch.cat([s_bhts, sink], -1).softmax(-1)[..., :-1]
+    else:
+        p = torch.nan_to_num(s_bhts.softmax(-1))
+    return outputs(latents, p, y)
