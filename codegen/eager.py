@@ -78,8 +78,12 @@ def angles_at(rope: Rope, positions: Tensor) -> Tensor:
 def logits(site: Site, q: Tensor, k: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """(b, h, t, s) scores as the softmax takes them, without sinks. `mask`: bool keeps where True, else it is added."""
     of = torch.as_tensor(site.kv_of, device=q.device)
-    scale = torch.as_tensor(site.scale, dtype=q.dtype, device=q.device)[:, None, None]
-    s_bhts = q @ k[:, of].transpose(-1, -2) * scale
+    return scored(site, q @ k[:, of].transpose(-1, -2), mask=mask, bias=bias)
+
+
+def scored(site: Site, products: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """(b, h, t, s) products of queries and keys as the softmax takes them: scaled, capped, biased, masked."""
+    s_bhts = products * torch.as_tensor(site.scale, dtype=products.dtype, device=products.device)[:, None, None]
     for mod in site.mods:
         if isinstance(mod, Softcap):
             s_bhts = mod.cap * torch.tanh(s_bhts / mod.cap)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codegen.eager import logits, rotated
+from codegen.eager import rotated, scored
 from rewrite.heads import Latents
 from rewrite.site import Rope, Sink, Site
 
@@ -68,10 +68,7 @@ def attention(
     (b, h, t, 1): one more logit that carries no value. Queries stand at the last positions unless `q_at` says."""
     at = torch.arange(y.shape[1]) if at is None else at
     q_at = at[..., y.shape[1] - q.shape[2] :] if q_at is None else q_at
-    raw = scores(latents, site, q, y, at, q_at)
-    # `logits` scales and caps products of q and k: one-hot keys hand it scores that are already products
-    eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device).expand(1, site.k.heads, -1, -1)
-    s_bhts = logits(site, raw, eye, mask=added)
+    s_bhts = scored(site, scores(latents, site, q, y, at, q_at), mask=added)
     if any(isinstance(m, Sink) for m in site.mods):
         if sink is None:
             raise ValueError("a site with sinks needs the sink's logits")

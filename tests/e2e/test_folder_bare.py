@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +11,11 @@ import torch
 from rewrite.emit import emit
 from rewrite.emit.reading import for_older_readers
 from rewrite.emit.validate import cache_bytes, greedy
+from tests import bare
 from tests.contract.by_hand import changes
 from tests.contract.tiny import ALL, inputs
 
 CHILD = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("rewrite", "passes", "codegen"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
 import pathlib, torch, transformers
 settings = dict(do_sample=False, max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True, output_logits=True)
 for top in sorted(pathlib.Path(sys.argv[1]).iterdir()):
@@ -56,9 +49,7 @@ def test_bare_process(tmp_path: Path) -> None:
         emitted[name].save_pretrained(folder)
         for_older_readers(folder)
         torch.save(inputs(model), folder.parent / "inputs.pt")
-    (tmp_path / "child.py").write_text(CHILD)
-    command = [sys.executable, "-I", str(tmp_path / "child.py"), str(tmp_path / "models")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = bare.run(CHILD, str(tmp_path / "models"))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, made in emitted.items():
         expected = greedy(made, inputs(made), 8)

@@ -1,7 +1,5 @@
 """The shipped models, converted on text and written: what loads them afterwards, without this project, agrees."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,15 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from rewrite import GQA, convert
 from rewrite.emit.validate import cache_bytes
+from tests import bare
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 CHILD = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("rewrite", "passes", "codegen"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
 import torch, transformers
 folder, own = sys.argv[1], sys.argv[2] == "own"
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own)
@@ -41,11 +34,7 @@ def converted(kind: str, out: Path, target: GQA) -> torch.nn.Module:
 @pytest.mark.parametrize(("kind", "own"), [("llama", False), ("qwen3", False), ("gpt2", True)])
 def test_a_folder_loads_where_reattn_is_not(kind: str, own: bool, tmp_path: Path):
     made = converted(kind, tmp_path / "out", GQA(3, polish=0))
-    (tmp_path / "child.py").write_text(CHILD)
-    words = [str(tmp_path / "out"), "own" if own else "stock", str(tmp_path / "result.pt")]
-    done = subprocess.run(
-        [sys.executable, "-I", str(tmp_path / "child.py"), *words], capture_output=True, text=True, check=False
-    )
+    done = bare.run(CHILD, str(tmp_path / "out"), "own" if own else "stock", str(tmp_path / "result.pt"))
     assert done.returncode == 0, done.stderr
     assert "torch.bfloat16" in done.stdout
     assert ("Reattn" in done.stdout) == own
