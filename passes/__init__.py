@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from rewrite.heads import Heads, Rewritten, Weights
+from rewrite.heads import Heads, Latents, Rewritten, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from passes.moments import SiteBatch
     from rewrite.site import Site
 
-__all__ = ["PIPELINE", "Heads", "Rewritten", "Stats", "Target", "Weights"]
+__all__ = ["PIPELINE", "Heads", "Latents", "Rewritten", "Stats", "Target", "Weights"]
 
 PIPELINE = ("capture", "canonicalise", "find", "plan", "calibrate", "convert", "lower", "emit", "check")
 
@@ -34,6 +34,10 @@ class Stats(Protocol):
     def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, on the converted model's own activations: the heads' outputs z (tokens, heads, dim) of the
         attention with `weights`, and the original attention's output y (tokens, outputs) on the same input."""
+        ...
+
+    def latent(self, latents: Latents) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same for a site that caches a latent."""
         ...
 
     def batches(self) -> Iterator[SiteBatch]:

@@ -19,10 +19,12 @@ from torch.fx.node import map_arg
 from codegen.eager import operand
 from passes import Weights
 from passes.moments import NEEDS, SiteBatch
-from passes.region import Env, Machine, Slice, entering, projected, run_slice
+from passes.region import Env, Machine, Slice, entered, entering, projected, run_slice
+from passes.trial import heads_outputs
 from rewrite.errors import BadUsage
+from rewrite.heads import Latents
 from rewrite.layout import expanded, gather
-from rewrite.site import Site
+from rewrite.site import Site, Tensors
 
 Batch = Mapping[str, Tensor]
 KEPT_NUMBERS = 1 << 27
@@ -32,8 +34,9 @@ KEPT_NUMBERS = 1 << 27
 class Stream:
     """Calibration batches on their way through the graph; `slices` in the order in which they will be asked for."""
 
-    def __init__(self, machine: Machine, batches: Sequence[Batch], slices: Sequence[Slice]) -> None:
+    def __init__(self, machine: Machine, batches: Sequence[Batch], slices: Sequence[Slice], tensors: Tensors) -> None:
         self.machine = machine
+        self.tensors = tensors
         self.at = 0
         self.envs = [_first(machine, batch) for batch in batches]
         self.keep = [_kept(batch) for batch in batches]
@@ -48,18 +51,30 @@ class Stream:
             self._run(env, self.at, stop)
         self.at = max(self.at, stop)
 
-    def leave(self, part: Slice, new: Mapping[str, Tensor]) -> None:
-        """Make `new` the slice's tensors from here on; what was already computed with the old ones is redone."""
+    def leave(self, part: Slice, new: Mapping[str, Tensor], inner: Callable[[SiteBatch], Tensor] | None = None) -> None:
+        """Make `new` the slice's tensors from here on; what was already computed with the old ones is redone.
+
+        `inner` computes the heads' outputs (tokens, heads, dim) where the slice's own nodes cannot with any tensors.
+        """
+        given = [{} if inner is None else self._entry(part, i, inner) for i in range(len(self.envs))]
         for name, value in new.items():
             for place in self.machine.of_tensor.get(name, ()):
                 self.machine.state[place] = value.to(self.machine.state[place].dtype)
         self.pins -= Counter(part.boundary)
         done = [n for n in part.nodes if self.machine.place[n] < self.at]
-        for env in self.envs:
-            local = run_slice(self.machine, part, env, {}, done[-1]) if done else {}
+        for env, known in zip(self.envs, given, strict=True):
+            local = run_slice(self.machine, part, env, {}, done[-1], known) if done else {}
             env.update({n: local[n] for n in done if n in env})
+            env.update(known)
             for node in [n for n in env if self._dead(n, self.at)]:
                 del env[node]
+
+    def _entry(self, part: Slice, batch: int, inner: Callable[[SiteBatch], Tensor]) -> Env:
+        """What the output projection reads, by `inner`, in the layout that the graph has it in."""
+        env, keep = self.envs[batch], self.keep[batch]
+        local = run_slice(self.machine, part, env, {}, part.entry)
+        seen = site_batch(self.machine, part, env, keep, self.tensors)
+        return {part.entry: entered(part, local[part.entry], inner(seen))}
 
     def _dead(self, node: Node, at: int) -> bool:
         return self.last[node] < at and not self.pins[node]
@@ -73,7 +88,7 @@ class Stream:
         with torch.no_grad():
             for i in range(start, stop):
                 node = machine.nodes[i]
-                if machine.runs(node):
+                if machine.runs(node) and node not in env:
                     env[node] = machine.step(node, look)
                 for read in node.all_input_nodes:
                     if read in env and self._dead(read, i + 1):
@@ -118,10 +133,16 @@ class SiteStats:
         for at, (env, keep) in enumerate(zip(self.stream.envs, self.stream.keep, strict=True)):
             yield _counted(self._enter(env, new), keep), _counted(self._original(at, env), keep)
 
+    def latent(self, latents: Latents) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per batch, as `attend`, with a latent in place of keys and values."""
+        batches = zip(self.stream.envs, self.stream.keep, self.batches(), strict=True)
+        for at, (env, keep, batch) in enumerate(batches):
+            yield _counted(heads_outputs(latents, batch), keep), _counted(self._original(at, env), keep)
+
     def batches(self) -> Iterator[SiteBatch]:
         """What the original weights see, batch by batch."""
         for env, keep in zip(self.stream.envs, self.stream.keep, strict=True):
-            yield _site_batch(self.stream.machine, self.part, env, keep, self.tensors)
+            yield site_batch(self.stream.machine, self.part, env, keep, self.tensors)
 
     def _original(self, at: int, env: Env) -> Tensor:
         """Trials come by the dozen, so what the original gives is kept where it is small."""
@@ -156,7 +177,7 @@ def statistics(stream: Stream, part: Slice, needs: frozenset[str], tensors: Call
     sums: dict[str, Tensor] = {}
     tokens = 0
     for env, keep in zip(stream.envs, stream.keep, strict=True):
-        batch = _site_batch(stream.machine, part, env, keep, tensors)
+        batch = site_batch(stream.machine, part, env, keep, tensors)
         tokens += batch.q.shape[0] * batch.q.shape[2] if keep is None else int(keep.sum())
         for name in sorted(needs):
             term = NEEDS[name](batch)
@@ -164,9 +185,10 @@ def statistics(stream: Stream, part: Slice, needs: frozenset[str], tensors: Call
     return SiteStats(stream, part, tensors, tokens, sums)
 
 
-def _site_batch(
+def site_batch(
     machine: Machine, part: Slice, env: Env, keep: Tensor | None, tensors: Callable[[str], Tensor]
 ) -> SiteBatch:
+    """What a site's original weights see on one batch whose boundary is known."""
     local = run_slice(machine, part, env, {}, part.entry)
     site = part.site
     u = {which: projected(part, local, which).double() for which in "qkv"}

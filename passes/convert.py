@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from passes import Stats, Target
-from passes.calibrate import Batch, SiteStats, Stream, statistics
+from passes.calibrate import Batch, Stream, statistics
 from passes.find import Found
 from passes.region import Machine, Slice, slice_of, twins
+from passes.trial import heads_outputs
 from rewrite.heads import Rewritten, Weights
 from rewrite.layout import expanded, gather
 from rewrite.program import Program
@@ -59,7 +60,7 @@ def convert_sites(
     machine = Machine(running, program.module)
     twin = twins(program.static.graph, running.graph)
     slices = sorted((slice_of(machine, s, r, twin) for s, r in picked), key=lambda p: machine.place[p.out])
-    stream = Stream(machine, batches, slices)
+    stream = Stream(machine, batches, slices, tensors)
     for done, part in enumerate(slices):
         progress(part.site.name, done, len(slices))
         changes[part.site.name] = _convert_on(stream, part, targets[part.site.name], tensors)
@@ -74,16 +75,21 @@ def _convert_on(stream: Stream, part: Slice, target: Target, tensors: Tensors) -
     stream.reach(part)
     stats = statistics(stream, part, target.needs, tensors)
     rewritten = _rewrite(part.site, target, tensors, stats)
-    kv_of = rewritten.site.kv_of
-    error = output_error(stats, rewritten.weights, kv_of)
-    stream.leave(part, expanded(part.site, rewritten.weights, kv_of, tensors))
+    latents, kv_of = rewritten.latents, rewritten.site.kv_of
+    edits = expanded(part.site, rewritten.weights, kv_of, tensors)
+    if latents is None:
+        error = output_error(stats.attend(rewritten.weights, kv_of), rewritten.weights)
+        stream.leave(part, edits)
+    else:
+        error = output_error(stats.latent(latents), rewritten.weights)
+        stream.leave(part, edits, lambda batch: heads_outputs(latents, batch))
     return Change(part.site, rewritten, error)
 
 
-def output_error(stats: SiteStats, weights: Weights, kv_of: tuple[int, ...]) -> float:
-    """Squared error of the attention's output relative to the output's energy, on the calibration stream."""
+def output_error(trials: Iterable[tuple[Tensor, Tensor]], weights: Weights) -> float:
+    """Squared error of the attention's output relative to the output's energy; trials are (heads' outputs, y)."""
     wrong = total = 0.0
-    for z, y in stats.attend(weights, kv_of):
+    for z, y in trials:
         made = torch.einsum("nhd,ohd->no", z, weights.out)
         made = made if weights.out_bias is None else made + weights.out_bias
         wrong += float((made - y).square().sum())

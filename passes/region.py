@@ -153,10 +153,18 @@ def _kind(node: Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).split(".")[0]
 
 
-def run_slice(machine: Machine, part: Slice, env: Env, new: Mapping[str, Tensor], stop: Node | None = None) -> Env:
-    """Values of the slice's nodes with tensors replaced by `new` (state-dict names), up to and with `stop`."""
+def run_slice(
+    machine: Machine,
+    part: Slice,
+    env: Env,
+    new: Mapping[str, Tensor],
+    stop: Node | None = None,
+    known: Env | None = None,
+) -> Env:
+    """Values of the slice's nodes with tensors replaced by `new` (state-dict names), up to and with `stop`; values
+    that are `known` are not computed."""
     swapped = {p: value for name, value in new.items() for p in machine.of_tensor.get(name, ())}
-    local: Env = {}
+    local: Env = dict(known or {})
 
     def look(node: Node) -> Any:
         for values in (local, swapped, env, machine.state):
@@ -166,7 +174,7 @@ def run_slice(machine: Machine, part: Slice, env: Env, new: Mapping[str, Tensor]
 
     with torch.no_grad():
         for node in part.nodes:
-            if machine.runs(node):
+            if machine.runs(node) and node not in local:
                 local[node] = machine.step(node, look)
             if node is stop:
                 break
@@ -203,3 +211,16 @@ def entering(part: Slice, local: Env) -> Tensor:
     rows = features_last(local[part.entry], width).reshape(-1, width)
     columns = torch.from_numpy(part.site.out.columns)
     return rows[:, columns.reshape(-1)].reshape(len(rows), *columns.shape)
+
+
+def entered(part: Slice, like: Tensor, z: Tensor) -> Tensor:
+    """The inverse of `entering`: heads' outputs (tokens, heads, dim) as the output projection reads them."""
+    if not isinstance(part.site.out, Output):
+        raise Refused("refused", f"{part.site.name}: {part.site.out}")
+    width = part.site.out.root.columns
+    rows = features_last(like, width)
+    flat = rows.reshape(-1, width).clone()
+    flat[:, torch.from_numpy(part.site.out.columns.reshape(-1))] = z.flatten(1).to(flat.dtype)
+    if rows.shape[-1] == like.shape[-1] or like.shape[-1] * like.shape[-2] == width:
+        return flat.reshape(like.shape)
+    return flat.reshape(rows.shape).transpose(1, 2)

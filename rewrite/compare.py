@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewrite.report import Checked, Pair
 
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 RESAMPLES = 2000
 NEW_TOKENS = 4
 """Tokens that are generated to look at the cache."""
@@ -34,6 +35,20 @@ class _Sums:
     """Largest difference of the outputs."""
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What both models gave: sums over windows of text, or (difference, size) of outputs on example inputs."""
+
+    sums: Sequence[_Sums]
+    differences: Sequence[tuple[float, float]]
+    broken: str
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens that count: none where an output is broken."""
+        return 0 if self.broken else sum(s.tokens for s in self.sums)
+
+
 def check(
     original: nn.Module,
     converted: nn.Module,
@@ -50,54 +65,57 @@ def check(
     `windows`, (rows, tokens) each, serve where the model predicts the next token; else `example` inputs are compared
     output by output. `lossless` makes the conversion at the setting that loses nothing.
     """
-    tell = progress or (lambda _name, _done, _total: None)
-    notes: list[str] = []
+    if not windows and example is None:
+        raise ValueError("check wants windows of tokens or example inputs")
     with torch.no_grad(), evaluating(original, converted):
         predicts = bool(windows) and predicts_next(original, windows[0][:1])
-        if windows and not predicts:
-            notes.append("perplexity not measured: the model does not predict the next token of a text")
-        if not windows and _generates(original):
-            notes.append("perplexity not measured: no text was given; it is measured with --text FILE, or text=...")
-        if not windows and example is None:
-            raise ValueError("check wants windows of tokens or example inputs")
         calls = [((w,), {}) for w in windows] if predicts else [_call(example, windows)]
-        sums: list[_Sums] = []
-        differences: list[tuple[float, float]] = []
-        broken = ""
-        for at, (args, kwargs) in enumerate(calls):
-            tell("check", at, len(calls))
-            a, b = original(*args, **kwargs), converted(*args, **kwargs)
-            broken = broken or breakage(a, b)
-            if broken:
-                break
-            if predicts:
-                sums += list(_window_sums(logits(a), logits(b), args[0]))
-            else:
-                differences.append(_apart(a, b))
-        tell("check", len(calls), len(calls))
-        limit = lossless_limit(original)
-        exact = None if lossless is None or broken else _lossless(original, lossless(), calls[0])
-        cache = None if broken else _caches(original, converted, windows[0][:1] if predicts else None)
-    if cache is None and not broken and not _generates(original):
-        notes.append("kv cache not measured: the model does not generate text")
+        seen = _side_by_side(original, converted, calls, predicts, progress or (lambda _name, _done, _total: None))
+        exact = None if lossless is None or seen.broken else _lossless(original, lossless(), calls[0])
+        cache = None if seen.broken else _caches(original, converted, windows[0][:1] if predicts else None)
     return _checked(
-        sums,
-        differences,
-        _sizes(original, converted),
-        _kind(original),
+        (original, converted),
+        seen,
         cache,
         exact,
-        limit,
         max_loss,
-        broken,
-        tuple(notes),
+        tuple(_unmeasured(original, bool(windows), predicts, cache is None and not seen.broken)),
         seed,
     )
 
 
-def _call(
-    example: tuple[Any, ...] | Mapping[str, Any] | None, windows: Sequence[Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _unmeasured(original: nn.Module, text: bool, predicts: bool, no_cache: bool) -> Iterator[str]:
+    """Why a figure is missing."""
+    if text and not predicts:
+        yield "perplexity not measured: the model does not predict the next token of a text"
+    if not text and _generates(original):
+        yield "perplexity not measured: no text was given; it is measured with --text FILE, or text=..."
+    if no_cache and not _generates(original):
+        yield "kv cache not measured: the model does not generate text"
+
+
+def _side_by_side(
+    original: nn.Module, converted: nn.Module, calls: Sequence[_Call], predicts: bool, tell: Callable[..., None]
+) -> _Seen:
+    """Both models on every call, up to the first output that is none."""
+    sums: list[_Sums] = []
+    differences: list[tuple[float, float]] = []
+    broken = ""
+    for at, (args, kwargs) in enumerate(calls):
+        tell("check", at, len(calls))
+        a, b = original(*args, **kwargs), converted(*args, **kwargs)
+        broken = breakage(a, b)
+        if broken:
+            break
+        if predicts:
+            sums += list(_window_sums(logits(a), logits(b), args[0]))
+        else:
+            differences.append(_apart(a, b))
+    tell("check", len(calls), len(calls))
+    return _Seen(sums, differences, broken)
+
+
+def _call(example: tuple[Any, ...] | Mapping[str, Any] | None, windows: Sequence[Tensor]) -> _Call:
     if example is None:
         return (windows[0],), {}
     return ((), dict(example)) if isinstance(example, Mapping) else (example, {})
@@ -181,7 +199,7 @@ def _relative(pairs: Sequence[tuple[float, float]]) -> float:
     return max((apart for apart, _ in pairs), default=0.0) / largest if largest else 0.0
 
 
-def _lossless(original: nn.Module, exact: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> float:
+def _lossless(original: nn.Module, exact: nn.Module, call: _Call) -> float:
     args, kwargs = call
     with evaluating(exact):
         before, after = original(*args, **kwargs), exact(*args, **kwargs)
@@ -259,35 +277,30 @@ def interval(sums: Sequence[tuple[int, float, float]], seed: int) -> tuple[float
 
 
 def _checked(
-    sums: Sequence[_Sums],
-    differences: Sequence[tuple[float, float]],
-    parameters: Pair,
-    kind: str,
+    models: tuple[nn.Module, nn.Module],
+    seen: _Seen,
     cache: tuple[Pair, int] | None,
     exact: float | None,
-    limit: float,
     max_loss: float | None,
-    broken: str,
     notes: tuple[str, ...],
     seed: int,
 ) -> Checked:
-    tokens = 0 if broken else sum(s.tokens for s in sums)
+    tokens, sums = seen.tokens, seen.sums
     before, after = (sum(s.loss_before for s in sums), sum(s.loss_after for s in sums))
-    pairs = [(s.apart, s.largest) for s in sums] or differences
     return Checked(
         tokens=tokens,
         perplexity=Pair(math.exp(before / tokens), math.exp(after / tokens)) if tokens else None,
         rise=interval([(s.tokens, s.loss_before, s.loss_after) for s in sums], seed) if tokens else None,
         same_next=sum(s.same for s in sums) / tokens if tokens else None,
         divergence=sum(s.divergence for s in sums) / tokens if tokens else None,
-        difference=_relative(pairs),
+        difference=_relative([(s.apart, s.largest) for s in sums] or seen.differences),
         lossless=exact,
-        lossless_limit=limit,
-        parameters=parameters,
+        lossless_limit=lossless_limit(models[0]),
+        parameters=_sizes(*models),
         cache=cache[0] if cache else None,
-        kind=kind,
+        kind=_kind(models[0]),
         cache_tokens=cache[1] if cache else 0,
         max_loss=max_loss,
-        broken=broken,
+        broken=seen.broken,
         notes=notes,
     )

@@ -17,7 +17,7 @@ from rewrite.emit.files import dress
 from rewrite.emit.observe import Log, observe, owner
 from rewrite.emit.stock import Field, Pairs, config_with, fields, rebuilt, smaller
 from rewrite.emit.twin import as_before, in_float, put, table, twin
-from rewrite.emit.validate import differs, kernels, too_much_held
+from rewrite.emit.validate import differs, kernels, too_much_held, unsteady
 from rewrite.emit.view import Recipe, projections, recipes, small_tensors
 from rewrite.heads import Rewritten
 from rewrite.layout import Edits
@@ -47,6 +47,8 @@ class Work:
     full: Mapping[str, Edits]
     """Site name -> tensors of the source's shapes."""
     logs: Mapping[str, Log]
+    unsteady: str | None = None
+    """Why training steps are not compared."""
     same: tuple[str, ...] = ()
     """Sites that keep their number of heads: new weights in the old shapes."""
     stock: dict[str, Field] = field(default_factory=dict)
@@ -87,6 +89,8 @@ def emit(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]) ->
     as_before(made, model)
     # two ways of one form may be tried: what the first could not do is no news where the second can
     why = {n: [w for w in reasons if not w.startswith(f"{forms.get(n)}:")] for n, reasons in work.why.items()}
+    if work.unsteady is not None:
+        why |= {n: [*why.get(n, ()), work.unsteady] for n in forms}
     return Emitted(made, forms, why, refused)
 
 
@@ -124,7 +128,8 @@ def _prepare(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]
     full = {n: edited(site, new, tensors.__getitem__) for n, (site, new) in changes.items()}
     reference = twin(source, _joined(full, list(full)), share=True)
     same = tuple(n for n, (site, new) in changes.items() if site.k.heads == new.site.k.heads)
-    return Work(source, changes, inputs, full, observe(reference, [s for s, _ in changes.values()], inputs), same)
+    logs = observe(reference, [s for s, _ in changes.values()], inputs)
+    return Work(source, changes, inputs, full, logs, unsteady(reference, inputs), same)
 
 
 def _pairs(changes: Changes) -> Pairs:
@@ -239,7 +244,7 @@ def _problem(work: Work, made: PreTrainedModel | str, names: Sequence[str]) -> s
     if isinstance(made, str):
         return made
     names = [*work.same, *names]
-    found = differs(work.expanded(names), made, work.inputs)
+    found = differs(work.expanded(names), made, work.inputs, training=work.unsteady is None)
     if found is not None:
         return found
     slots = {

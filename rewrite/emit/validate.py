@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
@@ -19,15 +21,19 @@ GRADIENT_LIMIT = 1e-3
 STEPS = 4
 
 
-def differs(reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs) -> str | None:
-    """The first mode in which `made` is not `reference`, as a sentence; None where they agree in all."""
+def differs(reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs, *, training: bool = True) -> str | None:
+    """The first mode in which `made` is not `reference`, as a sentence; None where they agree in all.
+
+    `training` False leaves the training step out, where the original does not repeat its own (see `unsteady`).
+    """
     names = _common(reference, made)
     ran: set[str] = set()
     for kernel in kernels(reference):
         with _kernel(reference, kernel), _kernel(made, kernel) as also:
             if not also:
                 return f"the {kernel} kernel cannot be chosen any more"
-            modes: dict[str, Mode] = {"padded": _forward, "cached": _cached, "training": partial(_training, names)}
+            modes: dict[str, Mode] = {"padded": _forward, "cached": _cached}
+            modes |= {"training": partial(_training, names)} if training else {}
             for name, mode in modes.items():
                 problem = _one_mode(mode, reference, made, inputs, f"{name} {kernel}")
                 if problem is not None and problem:
@@ -36,6 +42,22 @@ def differs(reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs) -
     needed = {"padded", "cached"} if reference.can_generate() else {"padded"}
     if needed - ran:
         return f"the original itself cannot be run {' and '.join(sorted(needed - ran))} on the example"
+    return None
+
+
+def unsteady(model: PreTrainedModel, inputs: Inputs) -> str | None:
+    """Why training steps of this model cannot be compared: two of its own, under one seed, differ. None where they
+    agree, or where it runs none."""
+    for kernel in kernels(model):
+        with _kernel(model, kernel):
+            try:
+                first, second = (_seeded(partial(_training, []), model, inputs) for _ in range(2))
+            # what the original cannot run is not compared anyway
+            except Exception:
+                continue
+        problem = _compare(first, second, f"training {kernel}")
+        if problem is not None:
+            return f"training steps are not compared: the original's own differ under one seed ({problem})"
     return None
 
 
@@ -91,17 +113,33 @@ def _common(reference: PreTrainedModel, made: PreTrainedModel) -> list[str]:
 def _one_mode(mode: Mode, reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs, name: str) -> str | None:
     """What is wrong; None where nothing is; "" where the original does not run."""
     try:
-        expected = mode(reference, inputs)
+        expected = _seeded(mode, reference, inputs)
     # a mode that the original itself cannot run says nothing about the emission
     except Exception:
         return ""
     try:
-        found = mode(made, inputs)
+        found = _seeded(mode, made, inputs)
     # whatever it is, the emission is refused with it
     except Exception as error:
         line = str(error).strip().split("\n")[0][:160]
         return f"the {name} run fails: {type(error).__name__}: {line}"
     return _compare(expected, found, name)
+
+
+def _seeded(mode: Mode, model: PreTrainedModel, inputs: Inputs) -> list[tuple[Tensor, float]]:
+    """Run a mode with every generator that models draw from started anew: masks over the input are drawn from numpy
+    by some. The caller's generators go on where they were."""
+    cards = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(cards):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            return mode(model, inputs)
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def _compare(expected: list[tuple[Tensor, float]], found: list[tuple[Tensor, float]], name: str) -> str | None:
@@ -173,11 +211,10 @@ def greedy(model: PreTrainedModel, inputs: Inputs, steps: int) -> Any:
 
 
 def _training(names: list[str], model: PreTrainedModel, inputs: Inputs) -> list[tuple[Tensor, float]]:
-    """Logits in train mode under one seed, and gradients of the parameters named."""
+    """Logits in train mode, and gradients of the parameters named."""
     was = model.training
     model.train()
     try:
-        torch.manual_seed(0)
         values = _values(_uncached(model, inputs), inputs)
         loss = torch.stack([v.float().square().mean() for v in values]).sum()
         own = dict(model.named_parameters())
