@@ -37,8 +37,15 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 
 def is_tensor(node: fx.Node) -> bool:
-    """The node's value is one tensor."""
-    return isinstance(node.meta.get("val"), Tensor)
+    """The node's value is one tensor, of sizes that are numbers."""
+    return isinstance(node.meta.get("val"), Tensor) and is_sized(node)
+
+
+def is_sized(node: fx.Node) -> bool:
+    """Every axis has a number: what an expert sees of the tokens has none, a router's values decide it."""
+    value = node.meta.get("val")
+    sizes = value.shape if isinstance(value, Tensor) else ()
+    return all(not isinstance(n, torch.SymInt) or n.node.maybe_as_int() is not None for n in sizes)
 
 
 def is_absent(value: Tensor) -> bool:

@@ -47,6 +47,13 @@ def v_gram(batch: SiteBatch) -> Tensor:
     return _augmented(_counted(batch.v, batch.keep))
 
 
+def kv_gram(batch: SiteBatch) -> Tensor:
+    """(g*d + g*dv + 1, ...) sum of ỹ ỹᵀ, y the keys of all heads, then their values, and a 1 behind them."""
+    k, v = (_counted(x, batch.keep).transpose(0, 1).flatten(1) for x in (batch.k, batch.v))
+    flat = torch.cat([k, v, torch.ones_like(k[:, :1])], 1)
+    return flat.T @ flat
+
+
 def k_inverse(batch: SiteBatch) -> Tensor:
     """(g + 1,) sum of 1/ρ_i, ρ_i what the norm divides key head i by (1 without a norm); the count stands last."""
     return _inverse(batch.site.k, batch.u["k"], batch.keep)
@@ -76,6 +83,20 @@ def phases(batch: SiteBatch) -> Tensor:
     return torch.view_as_real(torch.stack(total))
 
 
+def turns(batch: SiteBatch) -> Tensor:
+    """(h, d + 1, 2) sums over queries of E_p[e^{iφ_a Δ}] for every coordinate a, as in `phases`; then the attention
+    that was counted."""
+    batch = windowed(batch)
+    p = batch.p()[..., : batch.k.shape[2]]
+    if batch.keep is not None and batch.keep.shape == p[:, 0, :, 0].shape:
+        p = p * batch.keep[:, None, :, None]
+    mass = _distances(p)
+    t, s = p.shape[-2:]
+    phi = torch.cat([frequencies(batch.site.k), torch.zeros(1, dtype=torch.float64)])
+    turn = _turns(torch.arange(t + s - 1) - t + 1, phi)
+    return torch.view_as_real(mass.to(turn.dtype) @ turn)
+
+
 def windowed(batch: SiteBatch) -> SiteBatch:
     """The batch with its windows apart: a projection that takes rows of tokens gives one window of all of them."""
     p = batch.p()
@@ -93,9 +114,11 @@ NEEDS: Mapping[str, Callable[[SiteBatch], Tensor]] = {
     "q_gram": q_gram,
     "k_gram": k_gram,
     "v_gram": v_gram,
+    "kv_gram": kv_gram,
     "k_inverse": k_inverse,
     "v_inverse": v_inverse,
     "phases": phases,
+    "turns": turns,
 }
 """Every statistic that a target may ask for."""
 
@@ -157,12 +180,17 @@ def _augmented(rows: Tensor) -> Tensor:
 
 def _by_distance(p: Tensor, phi: Tensor) -> Tensor:
     """(h, d, d) sum over queries of E_p[e^{i(φ_a - φ_b)Δ}], from the distribution of distances."""
+    t, s = p.shape[-2:]
+    turn = _turns(torch.arange(t + s - 1) - t + 1, phi)
+    return torch.stack([(turn.T * m) @ turn.conj() for m in _distances(p)])
+
+
+def _distances(p: Tensor) -> Tensor:
+    """(h, t + s - 1) attention by distance, from 1 - t on."""
     _, heads, t, s = p.shape
     place = torch.arange(s)[None] - torch.arange(t)[:, None] + t - 1
     mass = torch.zeros(heads, t + s - 1, dtype=torch.float64)
-    mass.index_add_(1, place.reshape(-1), p.sum(0).reshape(heads, -1))
-    turn = _turns(torch.arange(t + s - 1) - t + 1, phi)
-    return torch.stack([(turn.T * m) @ turn.conj() for m in mass])
+    return mass.index_add_(1, place.reshape(-1), p.sum(0).reshape(heads, -1))
 
 
 def _by_query(p: Tensor, phi: Tensor) -> Tensor:

@@ -249,6 +249,8 @@ def run_check(options: argparse.Namespace) -> tuple[str, int]:
     from rewrite.progress import progress
     from rewrite.record import to_json
 
+    if options.max_loss is not None and options.text is None:
+        raise BadUsage("usage", "--max-loss is a limit on perplexity", "it needs --text FILE")
     for folder in (options.out, options.against):
         require_checkpoint(folder)
     _readable(options.text)
@@ -262,7 +264,8 @@ def run_check(options: argparse.Namespace) -> tuple[str, int]:
             trust_remote_code=options.trust_remote_code,
             progress=tell,
         )
-    result = "FAILED: " + "; ".join(checked.failures) if checked.failures else "ok"
+    held = "measured; --max-loss sets a limit" if options.max_loss is None else "ok"
+    result = "FAILED: " + "; ".join(checked.failures) if checked.failures else held
     text = to_json(checked) if options.json else f"{checked.text()}\n\nresult   {result}"
     return text, int(bool(checked.failures))
 

@@ -89,6 +89,8 @@ class Checked:
         loss = self.loss
         if self.max_loss is not None and loss is not None and not loss <= self.max_loss:
             found.append(f"perplexity rose {100 * loss:.1f} %, limit {100 * self.max_loss:g} %")
+        if self.max_loss is not None and loss is None and not self.broken:
+            found.append(f"perplexity was not measured, so nothing is known of its limit, {100 * self.max_loss:g} %")
         return tuple(found)
 
     def text(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from passes.canonicalise import Graph, by_value, is_tensor, op_name, shape_of
+from passes.canonicalise import Graph, by_value, is_sized, is_tensor, op_name, shape_of
 from passes.find import product
 from passes.find.names import where
 from passes.find.product import Product
@@ -46,16 +46,20 @@ class Scan:
 
     def root(self, node: fx.Node) -> Projection | None:
         """The projection that a node is."""
-        return projection(self.graph, node, self.roots) if node.op == "call_function" else None
+        return projection(self.graph, node, self.roots) if self._fixed(node) else None
 
     def activations(self, node: fx.Node) -> Product | None:
         """The product of two activations that a node is: a side without inputs counts if a projection made it."""
         if node not in self.mixing:
-            found = product.read(self.graph, node) if node.op == "call_function" else None
+            found = product.read(self.graph, node) if self._fixed(node) else None
             if found is not None and (self.root(node) or not (self._active(found.a) and self._active(found.b))):
                 found = None
             self.mixing[node] = found
         return self.mixing[node]
+
+    def _fixed(self, node: fx.Node) -> bool:
+        """A call whose sizes the data do not decide: no other is a product that can be read."""
+        return node.op == "call_function" and is_sized(node) and all(map(is_sized, node.all_input_nodes))
 
     def _active(self, node: fx.Node) -> bool:
         return self.graph.on_inputs(node) or (self.graph.on_parameters(node) and self._projected(node))

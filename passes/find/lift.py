@@ -12,6 +12,7 @@ from passes.find.anchor import Anchor, Scan
 from passes.find.core import core
 from passes.find.draw import Draw
 from passes.find.far import beyond
+from passes.find.farther import confirm
 from passes.find.law import Asked, Law, law, mask, mods, scale_of
 from passes.find.leads import Leads, leads
 from passes.find.names import common, module_path, where
@@ -60,8 +61,8 @@ def _lift(scan: Scan, anchor: Anchor, draw: Draw, key: str) -> Lifting:
     with torch.no_grad():
         told = describe(scan, anchor, draw, key)
         errors = validate(told.setting, told.site, told.law, told.factor)
-    proof = replace(told.site.proof, errors=errors)
-    return Lifting(replace(told.site, proof=proof), _region(scan, told), bool(told.setting.draw.true))
+        site = confirm(told.setting, replace(told.site, proof=replace(told.site.proof, errors=errors)))
+    return Lifting(site, _region(scan, told), bool(told.setting.draw.true))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, fx
 
-from passes.canonicalise import by_value, op_name
+from passes.canonicalise import by_value, is_sized, op_name, shape_of
 from passes.find.anchor import FUSED, SOFTMAX, Scan
 from passes.find.bits import spell
 from passes.find.core import Side
@@ -82,6 +83,9 @@ def _walk(scan: Scan, letter: str, start: fx.Node) -> tuple[list[Projection], li
 def _stops(scan: Scan, letter: str, node: fx.Node) -> None:
     """Nodes that no walk passes."""
     name = op_name(node)
+    if not is_sized(node):
+        reason = f"{letter} is computed on as many tokens as their values decide, as a router's experts do"
+        raise NotLifted(reason, node)
     if node.op == "placeholder":
         reason = f"{letter} hangs on the input `{node.name}` with no projection between, as a caller's positions do"
         raise NotLifted(reason, node)
@@ -92,7 +96,19 @@ def _stops(scan: Scan, letter: str, node: fx.Node) -> None:
     if scan.activations(node) is not None:
         raise NotLifted(f"{letter} is a product of two activations, not a projection", node)
     if name in ("linear", "addmm", "conv1d", "conv2d", "convolution"):
-        raise NotLifted(f"the weight of {letter}'s projection (`{name}`) is no rearranged parameter", node)
+        raise NotLifted(_no_projection(letter, node), node)
+
+
+def _no_projection(letter: str, node: fx.Node) -> str:
+    """Why a product with a weight is none."""
+    name, (x, weight) = op_name(node), node.args[:2]
+    if name.startswith("conv") and isinstance(x, fx.Node) and isinstance(weight, fx.Node):
+        groups, kernel = shape_of(x)[1] // shape_of(weight)[1], prod(shape_of(weight)[2:])
+        if groups > 1:
+            return f"{letter}'s projection is a convolution in {groups} groups, whose rows read different channels"
+        if kernel > 1:
+            return f"{letter}'s projection is a convolution over {kernel} neighbouring tokens"
+    return f"the weight of {letter}'s projection (`{name}`) is no rearranged parameter"
 
 
 def random(region_: Stretch, size: float, seed: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -19,6 +20,10 @@ from transformers.models.auto import modeling_auto
 from rewrite.emit import runtime
 from rewrite.emit.stock import built
 
+HEAD = '''"""Attention as `reattn` in the config describes it, for the class that the model was written in."""
+'''
+OWN = ("__future__", "rewrite.")
+"""Imports that the generated file has no use for."""
 CLASS = '''
 
 class Reattn{name}({name}):
@@ -32,12 +37,29 @@ class Reattn{name}({name}):
 
 def text_for(classes: Sequence[tuple[type[PreTrainedModel], str]]) -> str:
     """The file's text: it imports torch, transformers and what the model's own class was imported from."""
-    imports = "\n".join(sorted({_import(kind) for kind, _ in classes}))
-    body = inspect.getsource(runtime)
-    marker = "from transformers import Cache"
-    head, tail = body.split(marker, 1)
-    text = head + marker + tail.replace("\n", f"\n{imports}\n", 1)
+    imports = {_import(kind) for kind, _ in classes}
+    bodies: list[str] = []
+    for part in runtime.PARTS:
+        named, body = _taken_apart(inspect.getsource(part))
+        imports |= named
+        bodies.append(body)
+    head = [HEAD, "from __future__ import annotations\n", "\n".join(sorted(imports, key=_order))]
+    text = "\n".join(head) + "\n\n\n" + "\n\n\n".join(bodies) + "\n"
     return text + "".join(CLASS.format(name=kind.__name__, prefix=prefix) for kind, prefix in classes)
+
+
+def _taken_apart(source: str) -> tuple[set[str], str]:
+    """(imports of other projects' modules, all that follows the imports) of one file."""
+    nodes = ast.parse(source).body
+    found = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
+    last = max(n.end_lineno or n.lineno for n in found)
+    outside = [n for n in found if not (isinstance(n, ast.ImportFrom) and (n.module or "").startswith(OWN))]
+    return {ast.unparse(n) for n in outside}, "\n".join(source.split("\n")[last:]).strip()
+
+
+def _order(line: str) -> tuple[bool, str]:
+    """Python's own modules first."""
+    return line.split()[1].split(".")[0] not in sys.stdlib_module_names, line
 
 
 def _classes(model: PreTrainedModel, recipe: dict[str, Any]) -> list[tuple[type[PreTrainedModel], str]]:
@@ -61,7 +83,8 @@ def _classes(model: PreTrainedModel, recipe: dict[str, Any]) -> list[tuple[type[
 def _has_all(kind: type[PreTrainedModel], model: PreTrainedModel, recipe: dict[str, Any]) -> bool:
     """Whether another class of the same config has all modules of the recipe."""
     names = dict(built(kind, model.config).named_modules())
-    return all(p["module"] in names for site in recipe["sites"] for p in site["projections"])
+    parts = [p for site in recipe["sites"] for p in (site, *site.get("projections", ())) if "module" in p]
+    return all(p["module"] in names for p in parts)
 
 
 def _import(kind: type) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers import AttentionInterface, Cache, EncoderDecoderCache, PreTrainedModel
 
 from rewrite.emit.runtime import CacheView, EncoderDecoderView
+from rewrite.emit.runtime.latent import kernel_of
 from rewrite.emit.validate import greedy
 from rewrite.site import Site
+
+WATCHED = "reattn_watched"
+"""The name under which a kernel is registered that notes its calls."""
 
 
 def owner(site: Site) -> str:
@@ -38,6 +43,16 @@ class Write:
     v: Tensor
 
 
+@dataclass(frozen=True)
+class Table:
+    """A pair (cos, sin) among a module's arguments, by name and place, as it was given."""
+
+    name: str
+    place: int
+    cos: Tensor
+    sin: Tensor
+
+
 @dataclass
 class Log:
     """What one module did with the caches it was given."""
@@ -48,11 +63,20 @@ class Log:
     argument: tuple[str, int] = ("", 0)
     """Name and place of the cache among the arguments."""
     writes: list[Write] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    """Rope tables among the arguments."""
+    kernels: int = 0
+    """How often the module asked for its attention kernel by the name in its config and called it."""
 
     @property
     def slots(self) -> set[tuple[str, int]]:
         """(half, layer) written to."""
         return {(w.half, w.layer) for w in self.writes}
+
+    @property
+    def layer(self) -> tuple[str, int] | None:
+        """The one (half, layer) written to, where it is one."""
+        return next(iter(self.slots)) if len(self.slots) == 1 else None
 
 
 class Witness(CacheView):
@@ -92,6 +116,24 @@ def _noted(value: Any, log: Log) -> Any:
     return Witness(value, log) if isinstance(value, Cache) else value
 
 
+def _tables(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Table]:
+    """Arguments that are two tensors whose squares add up to one number."""
+    names = [n for n in inspect.signature(module.forward).parameters if n not in ("args", "kwargs")]
+    given = [(n, i, v) for i, (n, v) in enumerate(zip(names, args, strict=False))]
+    given += [(n, names.index(n) if n in names else len(names), v) for n, v in kwargs.items()]
+    return [Table(n, i, v[0].detach(), v[1].detach()) for n, i, v in given if _turns(v)]
+
+
+def _turns(value: Any) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(x, Tensor) for x in value):
+        return False
+    a, b = value
+    if not a.is_floating_point() or a.shape != b.shape or a.dim() != 3 or not a.numel():
+        return False
+    size = a.double().square() + b.double().square()
+    return bool((size - size.flatten()[0]).abs().max() <= 1e-5 * size.flatten()[0].abs())
+
+
 def _place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, int] | None:
     """Where the cache stands among the arguments of a call."""
     names = [n for n in inspect.signature(module.forward).parameters if n not in ("args", "kwargs")]
@@ -113,6 +155,7 @@ def _watching(model: nn.Module, paths: Sequence[str]) -> Generator[dict[str, Log
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             log.called += 1
             log.argument = _place(module, args, kwargs) or log.argument
+            log.tables += _tables(module, args, kwargs)
             return tuple(_noted(a, log) for a in args), {n: _noted(v, log) for n, v in kwargs.items()}
 
         return hook
@@ -120,10 +163,34 @@ def _watching(model: nn.Module, paths: Sequence[str]) -> Generator[dict[str, Log
     try:
         for path, log in logs.items():
             handles.append(model.get_submodule(path).register_forward_pre_hook(watch(log), with_kwargs=True))
-        yield logs
+        with _kernels_watched({model.get_submodule(path): log for path, log in logs.items()}):
+            yield logs
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _kernels_watched(logs: Mapping[nn.Module, Log]) -> Generator[None]:
+    """For a while the modules' configs name a kernel that notes its calls and hands them on."""
+    before: dict[nn.Module, Any] = {}
+
+    def watch(module: Any, *args: Any, **kwargs: Any) -> Any:
+        logs[module].kernels += 1
+        return kernel_of(module, before[module])(module, *args, **kwargs)
+
+    AttentionInterface.register(WATCHED, watch)
+    try:
+        for module in logs:
+            config: Any = getattr(module, "config", None)
+            if isinstance(getattr(config, "_attn_implementation", None), str):
+                before[module] = config
+                module.config = copy.copy(config)
+                module.config._attn_implementation_internal = WATCHED
+        yield
+    finally:
+        for module, config in before.items():
+            module.config = config
 
 
 def observe(model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, Any]) -> dict[str, Log]:

@@ -241,6 +241,42 @@ def cache_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
+def _layer(cache: Any, half: str, number: int) -> Any:
+    """A layer of a cache; `half` is "self" or "cross" where the cache is a pair."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.cross_attention_cache if half == "cross" else cache.self_attention_cache
+    return cache.layers[number]
+
+
+def latents_held(model: PreTrainedModel, inputs: Inputs, expected: Mapping[tuple[str, int], int]) -> str | None:
+    """Whether each cache layer, (half, number) -> width, holds one vector of that width a token after `generate`."""
+    with torch.no_grad():
+        cache = greedy(model, inputs, 2).past_key_values
+    for (half, number), width in expected.items():
+        layer = _layer(cache, half, number)
+        found = layer.keys.shape[1] * layer.keys.shape[3] + layer.values.shape[1] * layer.values.shape[3]
+        if found != width:
+            return f"cache layer {number} holds {found} numbers a token instead of {width}"
+    return None
+
+
+def inconsistent(model: PreTrainedModel, inputs: Inputs) -> str | None:
+    """Whether the model's greedy steps, read from its cache, say what one forward over the same tokens says."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or model.config.is_encoder_decoder or "attention_mask" not in inputs:
+        return None
+    with torch.no_grad():
+        out = greedy(model, inputs, STEPS)
+        ones = torch.ones(len(ids), STEPS, dtype=inputs["attention_mask"].dtype)
+        whole = {"input_ids": out.sequences, "attention_mask": torch.cat([inputs["attention_mask"], ones], 1)}
+        try:
+            logits = model(**{**inputs, **whole}, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+        except TypeError:
+            return None
+    error = max(relative(a, b) for a, b in zip(out.logits, logits.unbind(1), strict=True))
+    return None if error <= LIMIT else f"with its cache it differs by {error:.0e} (limit {LIMIT:.0e})"
+
+
 def too_much_held(model: PreTrainedModel, inputs: Inputs, expected: Mapping[tuple[str, int], int]) -> str | None:
     """Whether each cache layer, (half, number) -> heads, holds as many heads as it should after `generate`."""
     if not expected or not model.can_generate():

@@ -175,7 +175,14 @@ def test_failures():
     assert "this is an error of reattn" in replace(CHECKED, lossless=1e-3).failures[0]
     assert replace(CHECKED, lossless=math.nan).failures
     assert replace(CHECKED, perplexity=Pair(5.0, math.nan), max_loss=0.05).failures
+    assert "perplexity was not measured" in replace(CHECKED, perplexity=None, max_loss=0.05).failures[0]
+    assert replace(CHECKED, perplexity=None).failures == ()
     assert replace(CHECKED, broken="the output holds 3 values that are no numbers").failures
+
+
+def test_what_was_not_measured_is_not_claimed():
+    text = replace(CHECKED, lossless=None, perplexity=None, cache=None).text()
+    assert not any(word in text for word in ("lossless", "ok", "perplexity", "kv cache"))
 
 
 def test_suggestion_names_the_worst():

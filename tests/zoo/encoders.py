@@ -108,7 +108,7 @@ EAGER = (
     "mpnet", "deberta", "deberta-v2", "squeezebert", "convbert", "flaubert", "fnet", "ibert", "markuplm",
     "megatron-bert", "mra", "nystromformer", "rembert", "roformer", "splinter", "canine", "longformer",
     "perceiver", "pegasus_x", "nllb-moe", "led", "bigbird_pegasus", "fsmt", "mvp", "longt5", "switch_transformers",
-    "funnel", "prophetnet",
+    "funnel", "prophetnet", "squeezebert-default",
 )  # fmt: skip
 """Types that have no sdpa."""
 
@@ -116,6 +116,8 @@ ONLY = dict.fromkeys(EAGER, "eager")
 
 ENCODERS = [
     *entries("encoder", TEXT, BERTS, ONLY),
+    # its projections are convolutions in four groups
+    *entries("encoder", {}, [("squeezebert-default", "SqueezeBertConfig", "SqueezeBertModel", {})], ONLY),
     *entries("encoder", FUNNEL, [("funnel", "FunnelConfig", "FunnelModel", {})], ONLY),
 ]
 SEQ2SEQS = [

@@ -198,7 +198,7 @@ BOTH: list[tuple[str, str, str, dict[str, Any]]] = [
 
 EAGER = (
     "timesformer", "swinv2", "hiera", "pvt", "mobilevit", "levit", "resnet", "wavlm", "speech_to_text", "blip",
-    "git", "vilt", "bridgetower", "lxmert", "flava", "visual_bert",
+    "git", "vilt", "bridgetower", "lxmert", "flava", "visual_bert", "mobilevit-default", "levit-default",
 )  # fmt: skip
 """Types that have no sdpa."""
 
@@ -209,10 +209,17 @@ WINDOWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("swinv2", "Swinv2Config", "Swinv2Model", {}),
 ]
 
+DEFAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("mobilevit-default", "MobileViTConfig", "MobileViTModel", {}),
+    ("levit-default", "LevitConfig", "LevitModel", {}),
+]
+"""At the sizes that the type is shipped with."""
+
 VISION = [
     *entries("vision", IMAGE, EYES, ONLY),
     *entries("vision", STAGES, WINDOWS, ONLY),
     *entries("vision", LEVIT, [("levit", "LevitConfig", "LevitModel", {})], ONLY),
+    *entries("vision", {}, DEFAULTS, ONLY),
 ]
 AUDIO = [*entries("audio", SPEECH, EARS, ONLY), *entries("audio", WHISPER, SCRIBES, ONLY)]
 MULTIMODAL = entries("multimodal", {}, BOTH, ONLY)

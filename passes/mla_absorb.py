@@ -1,0 +1,242 @@
+"""The absorbed latent in closed form: which pairs of the keys keep their rotation, and the low rank of all the rest.
+
+A map of keys commutes with the rope where it is one complex matrix over the heads per frequency. So each frequency
+offers channels (eigenvectors of its keys' moments over the heads, weighted by what score errors cost); a channel is
+worth what its best constant stand-in E[e^{iθΔ}] would lose. The channels worth most are cached turned; what is left
+of the keys, times the stand-ins, and the values share one latent: the top eigenvectors of their joint moments, in
+units of the output's squared error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from passes.gqa_source import FLOOR
+from passes.mla_source import Known, per_kv_head, start_gap
+from rewrite.heads import Latents
+
+TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What measuring chooses: `factor` of the keys' errors against the values', the constant in place of a lost
+    rotation (attention's mean of it, or 1), and how many numbers are cached turned."""
+
+    factor: float
+    mean_phase: bool
+    rope_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Rotating channels of all frequencies at factor 1: channel a of pair j has the vector u[j, :, a] over heads."""
+
+    omega: Tensor
+    """(pairs, g) root of what an error of the pair costs"""
+    still: Tensor
+    """(pairs, g) the same of an error of its constant stand-in"""
+    u: Tensor
+    """(pairs, g, g)"""
+    gain: Tensor
+    """(pairs, g) what is lost where the channel does not turn"""
+
+    def best(self, count: int) -> Tensor:
+        """(pairs, g) bool: the `count` channels worth most."""
+        kept = torch.zeros(self.gain.numel(), dtype=torch.bool)
+        kept[self.gain.reshape(-1).argsort(descending=True, stable=True)[:count]] = True
+        return kept.reshape(self.gain.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Absorber:
+    """The closed form of one site, for any setting."""
+
+    known: Known
+    value_share: Tensor
+    """(h,) factor of the values' costs"""
+
+    @cached_property
+    def _channels(self) -> dict[bool, Channels]:
+        return {mean: self._make_channels(mean) for mean in (False, True)}
+
+    def _make_channels(self, mean_phase: bool) -> Channels:
+        known, g, d = self.known, self.known.site.k.heads, self.known.site.k.dim
+        a, b = known.pairs[:, 0], known.pairs[:, 1]
+        k = known.second[: known.keys, : known.keys].reshape(g, d, g, d)
+        gram = torch.complex(
+            (k[:, a][:, :, :, a] + k[:, b][:, :, :, b]).diagonal(dim1=1, dim2=3),
+            (k[:, b][:, :, :, a] - k[:, a][:, :, :, b]).diagonal(dim1=1, dim2=3),
+        ).permute(2, 0, 1)
+        energy = known.q.diagonal(dim1=1, dim2=2) * known.score_cost[:, None]
+        each = energy[:, a] + energy[:, b]
+        stand_in = known.stand_in if mean_phase else torch.ones_like(known.stand_in)
+        omega = _floored(per_kv_head(known.site, each).T)
+        still = _floored(per_kv_head(known.site, each * stand_in.abs().square()).T)
+        # E|e^{iθΔ} - c|² of the chosen constant
+        miss = 1 - 2 * (stand_in.conj() * known.stand_in).real + stand_in.abs().square()
+        lost = per_kv_head(known.site, each * miss).T / omega
+        omega, still = omega.sqrt(), still.sqrt()
+        weighted = gram * omega[:, :, None] * omega[:, None, :]
+        values, u = torch.linalg.eigh((weighted + weighted.conj().transpose(1, 2)) / 2)
+        gain = 0.5 * values.clamp(min=0) * torch.einsum("jia,ji->ja", u.abs().square(), lost)
+        return Channels(omega, still, u, gain)
+
+    def loss(self, setting: Setting, total: int) -> float:
+        """Expected squared error of the output with `total` numbers a token, to first order."""
+        features = self._features(setting)
+        values = torch.linalg.eigvalsh(self._gram(features))
+        rank = total - setting.rope_dim
+        lost = float(values[: max(len(values) - rank, 0)].clamp(min=0).sum())
+        channels = self._channels[setting.mean_phase]
+        return lost + setting.factor * float(channels.gain[~channels.best(setting.rope_dim // 2)].sum())
+
+    def latents(self, setting: Setting, total: int) -> Latents:
+        """The maps with `total` numbers a token."""
+        known, site = self.known, self.known.site
+        features = self._features(setting)
+        _, vectors = torch.linalg.eigh(self._gram(features))
+        rank = min(total - setting.rope_dim, len(vectors))
+        u = vectors[:, len(vectors) - rank :].flip(1)
+        down = u.T @ features.rows
+        still = features.up_k @ u[: known.keys].reshape(site.k.heads, site.k.dim, rank)
+        up_v = features.up_v @ u[known.keys :].reshape(site.v.heads, site.v.dim, rank)
+        turn, query_turn, frequencies = self._turning(setting)
+        kv = list(site.kv_of)
+        read = torch.einsum("hdr,hde->hre", still[kv], self._queries(setting.mean_phase))
+        latents = Latents(down, turn, read, query_turn, up_v[kv], frequencies)
+        return balanced(latents, known.second)
+
+    def _features(self, setting: Setting) -> _Features:
+        """Rows N with E|N y|² in units of the output's error, and the way back to keys and values."""
+        known, site = self.known, self.known.site
+        g, d = site.k.heads, site.k.dim
+        channels = self._channels[setting.mean_phase]
+        root, inverse = self._key_roots(setting.mean_phase)
+        rest = self._rest(channels, channels.best(setting.rope_dim // 2))
+        keys = torch.einsum("gij,gjx->gix", root, rest.reshape(g, d, -1)).reshape(g * d, -1) * setting.factor**0.5
+        cost = per_kv_head(site, known.value_cost * self.value_share[:, None, None])
+        value_root, value_inverse = rooted(cost)
+        rows = torch.block_diag(keys, torch.block_diag(*value_root))
+        return _Features(rows, inverse / setting.factor**0.5, value_inverse)
+
+    def _gram(self, features: _Features) -> Tensor:
+        gram = features.rows @ self.known.spread @ features.rows.T
+        return (gram + gram.T) / 2
+
+    def _key_roots(self, mean_phase: bool) -> tuple[Tensor, Tensor]:
+        """(g, d, d) twice: roots of what an error of the still key costs, and their inverses."""
+        known, site = self.known, self.known.site
+        channels, plain = self._channels[mean_phase], known.plain
+        root = torch.zeros(site.k.heads, site.k.dim, site.k.dim, dtype=torch.float64)
+        inverse = root.clone()
+        if len(plain):
+            metric = per_kv_head(site, known.q * known.score_cost[:, None, None])
+            part, back = rooted(metric[:, plain[:, None], plain[None]])
+            root[:, plain[:, None], plain[None]], inverse[:, plain[:, None], plain[None]] = part, back
+        size = channels.still.T / 2**0.5
+        for at in known.pairs.T:
+            root[:, at, at], inverse[:, at, at] = size, 1 / size
+        return root, inverse
+
+    def _rest(self, channels: Channels, kept: Tensor) -> Tensor:
+        """(g*d, g*d) what is left of the keys without the channels that turn."""
+        known, g, d = self.known, self.known.site.k.heads, self.known.site.k.dim
+        u = channels.u * kept[:, None, :]
+        taken = (u @ u.conj().transpose(1, 2)) / channels.omega[:, :, None] * channels.omega[:, None, :]
+        rest = torch.eye(g * d, dtype=torch.float64).reshape(g, d, g, d)
+        a, b = known.pairs[:, 0], known.pairs[:, 1]
+        taken = taken.permute(1, 2, 0)
+        for i in range(g):
+            for n in range(g):
+                real, imag = taken[i, n].real, taken[i, n].imag
+                rest[i, a, n, a] -= real
+                rest[i, b, n, b] -= real
+                rest[i, a, n, b] += imag
+                rest[i, b, n, a] -= imag
+        return rest.reshape(g * d, g * d)
+
+    def _queries(self, mean_phase: bool) -> Tensor:
+        """(h, d, d) what the query becomes where the rotation is a constant: conj of the constant, pair by pair."""
+        known, site = self.known, self.known.site
+        c = known.stand_in if mean_phase else torch.ones_like(known.stand_in)
+        c = c.conj() * torch.polar(torch.ones_like(start_gap(site)), -start_gap(site))
+        maps = torch.eye(site.k.dim, dtype=torch.float64).repeat(site.heads, 1, 1)
+        a, b = known.pairs[:, 0], known.pairs[:, 1]
+        maps[:, a, a], maps[:, b, b] = c.real, c.real
+        maps[:, a, b], maps[:, b, a] = -c.imag, c.imag
+        return maps
+
+    def _turning(self, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+        """turn (rope_dim, features), query_turn (h, rope_dim, d) and frequencies (rope_dim / 2,)."""
+        known, site = self.known, self.known.site
+        channels = self._channels[setting.mean_phase]
+        g, d, kv = site.k.heads, site.k.dim, list(site.kv_of)
+        j, at = channels.best(setting.rope_dim // 2).nonzero(as_tuple=True)
+        u, omega = channels.u[j, :, at].conj(), channels.omega[j]
+        k_start, q_start = (_start(rope)[j, None] if rope is not None else 0.0 for rope in (site.k.rope, site.q.rope))
+        key, query = u * omega * k_start, (u / omega)[:, kv] * q_start
+        a, b = known.pairs[j, 0], known.pairs[j, 1]
+        turn = torch.zeros(len(j), 2, g, d, dtype=torch.float64)
+        query_turn = torch.zeros(site.heads, len(j), 2, d, dtype=torch.float64)
+        n = torch.arange(len(j))
+        for part, (first, second) in enumerate(((a, b), (b, a))):
+            sign = -1 if part == 0 else 1
+            turn[n, part, :, first], turn[n, part, :, second] = key.real, sign * key.imag
+            # of the second row it is b that takes the real part
+            query_turn[:, n, part, first], query_turn[:, n, part, second] = query.real.T, sign * query.imag.T
+        turn = torch.cat([turn.flatten(0, 1).flatten(1), torch.zeros(2 * len(j), g * site.v.dim).double()], 1)
+        frequencies = torch.zeros(0) if site.k.rope is None else torch.from_numpy(site.k.rope.frequencies)
+        return turn, query_turn.flatten(1, 2), frequencies.double()[j]
+
+
+@dataclass(frozen=True, eq=False)
+class _Features:
+    rows: Tensor
+    up_k: Tensor
+    """(g, d, d) from rows of a head's keys to its still key"""
+    up_v: Tensor
+
+
+def balanced(latents: Latents, second: Tensor) -> Latents:
+    """The same with cached numbers of mean square 1, for the sake of short number formats."""
+
+    def size(rows: Tensor) -> Tensor:
+        square = torch.einsum("ri,ij,rj->r", rows, second, rows).clamp(min=0)
+        return square
+
+    def over(square: Tensor) -> Tensor:
+        dead = square <= FLOOR * max(float(square.max()) if len(square) else 0.0, TINY)
+        return torch.where(dead, torch.ones_like(square), square.clamp(min=TINY).rsqrt())
+
+    c = over(size(latents.down))
+    r = over(size(latents.turn).reshape(-1, 2).mean(1)).repeat_interleave(2)
+    return Latents(
+        down=latents.down * c[:, None],
+        turn=latents.turn * r[:, None],
+        read=latents.read / c[:, None],
+        query_turn=latents.query_turn / r[:, None],
+        up_v=latents.up_v / c,
+        frequencies=latents.frequencies,
+        up_k=None if latents.up_k is None else latents.up_k / c,
+    )
+
+
+def rooted(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric roots of (g, n, n) and their inverses; what is nothing beside the layer's largest is raised to it."""
+    values, vectors = torch.linalg.eigh((metric + metric.transpose(1, 2)) / 2)
+    values = _floored(values).sqrt()
+    return tuple(vectors @ (v[..., None] * vectors.transpose(1, 2)) for v in (values, 1 / values))  # type: ignore[return-value]
+
+
+def _floored(x: Tensor) -> Tensor:
+    return x.clamp(min=max(FLOOR * float(x.max()), TINY)) if x.numel() else x
+
+
+def _start(rope: object) -> Tensor:
+    start = torch.from_numpy(rope.start).double()  # type: ignore[attr-defined]
+    return torch.polar(torch.ones_like(start), start)

@@ -1,0 +1,119 @@
+"""Attention from a latent on calibration tokens, and its measured error against the original's.
+
+Scenes are some windows of the calibration in single precision, held for the dozens of trials of one site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from codegen.latent import attention, features
+from passes import Stats
+from passes.moments import SiteBatch, windowed
+from passes.refit import HELD_BACK, Measured, Sums
+from passes.trial import trial
+from rewrite.heads import Latents, Weights
+from rewrite.site import Site
+
+REAL = torch.float32
+SCORES = 1 << 26
+"""Scores (heads x queries x keys) that a scene holds at most; with longer windows fewer queries are looked at."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Some windows of calibration."""
+
+    site: Site
+    q: Tensor
+    """(b, h, t, d) before the rope; t counts the queries that are looked at"""
+    y: Tensor
+    """(b, s, features)"""
+    added: Tensor
+    """(b, h, t, s) mask and biases of the scores; -inf where nothing is seen"""
+    sink: Tensor | None
+    """(b, h, t, 1) the logit of what attention leaves out"""
+    p: Tensor
+    """(b, h, t, s) of the original"""
+    out: Tensor
+    """(b, t, outputs) of the original"""
+    at: Tensor
+    """(t,) positions of the queries"""
+    keep: Tensor
+    """(b, t) bool: queries that count"""
+
+    def heads(self, latents: Latents) -> Tensor:
+        """(b, h, t, dv) the heads' outputs with a latent."""
+        return attention(latents, self.site, self.q, self.y, added=self.added, sink=self.sink, q_at=self.at)
+
+
+def scenes(stats: Stats, source: Weights, limit: int | None = None) -> Iterator[Scene]:
+    """The calibration, one scene a batch: all of it, or some windows of every batch, about `limit` tokens in all."""
+    share = 1.0 if limit is None else min(1.0, limit / max(stats.tokens, 1))
+    tokens = 0
+    for whole in stats.batches():
+        batch = windowed(whole)
+        take = max(1, round(batch.q.shape[0] * share))
+        tokens += take * batch.q.shape[2]
+        yield _scene(batch, take, source)
+        if limit is not None and tokens >= limit:
+            return
+
+
+def _scene(batch: SiteBatch, take: int, source: Weights) -> Scene:
+    seen = trial(replace(batch, u={}, q=batch.q[:take], k=batch.k[:take], v=batch.v[:take], p=lambda: batch.p()[:take]))
+    _, heads, t, s = seen.p.shape
+    at = torch.arange(0, t, -(-take * heads * t * s // SCORES))
+    out = torch.einsum("bhtd,ohd->bto", seen.original()[:, :, at], source.out)
+    keep = torch.ones(take, t, dtype=torch.bool)
+    if batch.keep is not None and batch.keep.shape[1] == t:
+        keep = batch.keep[:take]
+    return Scene(
+        batch.site,
+        q=seen.q[:, :, at].to(REAL),
+        y=features(seen.k, seen.v).to(REAL),
+        added=seen.added[:, :, at].to(REAL),
+        sink=None if seen.sink is None else seen.sink[:, :, at].to(REAL),
+        p=seen.p[:, :, at].to(REAL),
+        out=out if source.out_bias is None else out + source.out_bias,
+        at=at + s - t,
+        keep=keep[:, at],
+    )
+
+
+def measure(stage: Iterable[Scene], latents: Latents, weights: Weights) -> Measured:
+    """Moments of the heads' outputs with a latent and of the original's output: tokens that fit, tokens that judge."""
+    fit: Sums | None = None
+    held: Sums | None = None
+    for scene in stage:
+        z = scene.heads(latents).transpose(1, 2)[scene.keep].flatten(1).double()
+        if weights.out_bias is not None:
+            z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+        y = scene.out[scene.keep]
+        cut = len(z) - len(z) // HELD_BACK
+        first, second = _sums(z[:cut], y[:cut]), _sums(z[cut:], y[cut:])
+        fit, held = first if fit is None else fit + first, second if held is None else held + second
+    if fit is None or held is None:
+        raise ValueError("the calibration holds no batch")
+    return Measured(fit, held)
+
+
+def _sums(z: Tensor, y: Tensor) -> Sums:
+    return Sums(z.T @ z, y.T @ z, float(y.square().sum()), len(z))
+
+
+def error(stage: Iterable[Scene], latents: Latents, weights: Weights) -> float:
+    """Squared error of the attention's output relative to its energy, the output projection as in `weights`."""
+    wrong = total = 0.0
+    for scene in stage:
+        z = scene.heads(latents).transpose(1, 2)[scene.keep].double()
+        made = torch.einsum("nhd,ohd->no", z, weights.out)
+        made = made if weights.out_bias is None else made + weights.out_bias
+        y = scene.out[scene.keep]
+        wrong += float((made - y).square().sum())
+        total += float(y.square().sum())
+    return wrong / total if total else 0.0

@@ -1,0 +1,153 @@
+"""What compressing keys and values into a latent needs to know about a site: moments of y, and what errors cost.
+
+y (features,) of a token: keys of all kv heads after norm, gain and shift and before the rope, then values.
+From calibration sums where there are any, else from the weights alone (inputs white, distances supposed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from passes.gqa_source import SUPPOSED, facts, floored, readers, shift_invariant
+from passes.gqa_values import carries_mean
+from passes.moments import frequencies
+from rewrite.heads import Weights
+from rewrite.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """Moments of one site; complex numbers stand for its rotating pairs."""
+
+    site: Site
+    second: Tensor
+    """(features, features) E[y yᵀ]"""
+    mean: Tensor
+    """(features,)"""
+    q: Tensor
+    """(h, d, d) E[q qᵀ]"""
+    stand_in: Tensor
+    """(h, pairs) complex: E[e^{iθΔ}] under attention, the best constant in place of the rotation"""
+    value_cost: Tensor
+    """(h, dv, dv) what an error of the head's value costs at the output: W_oᵀ W_o"""
+    score_cost: Tensor
+    """(h,) what a squared error of the head's score costs at the output"""
+    centred: bool
+    """A constant in y changes nothing that the output's bias cannot give back."""
+
+    @property
+    def spread(self) -> Tensor:
+        """(features, features) the second moment that counts: the covariance where constants are free."""
+        return self.second - torch.outer(self.mean, self.mean) if self.centred else self.second
+
+    @property
+    def keys(self) -> int:
+        """How many of the features are keys."""
+        return self.site.k.heads * self.site.k.dim
+
+    @property
+    def pairs(self) -> Tensor:
+        """(pairs, 2) dims of a head that turn together."""
+        rope = self.site.k.rope
+        return torch.zeros(0, 2, dtype=torch.long) if rope is None else torch.from_numpy(rope.pairs).long()
+
+    @property
+    def plain(self) -> Tensor:
+        """Dims of a head that never turn."""
+        return plain_dims(self.site)
+
+
+def plain_dims(site: Site) -> Tensor:
+    """Dims of a key head that never turn."""
+    still = torch.ones(site.k.dim, dtype=torch.bool)
+    if site.k.rope is not None:
+        still[torch.from_numpy(site.k.rope.pairs).long().reshape(-1)] = False
+    return still.nonzero()[:, 0]
+
+
+def known(site: Site, weights: Weights, moments: Mapping[str, Tensor] | None, tokens: int = 0) -> Known:
+    """From calibration sums over `tokens` queries, or from the weights alone."""
+    if moments is None:
+        second, mean, q = _from_weights(site, weights)
+        stand_in = _supposed(site)
+    else:
+        total = moments["kv_gram"] / moments["kv_gram"][-1, -1]
+        second, mean = (total + total.T)[:-1, :-1] / 2, total[-1, :-1]
+        q = moments["q_gram"] / max(tokens, 1)
+        stand_in = _measured(site, moments["turns"])
+    value_cost = torch.einsum("ohd,ohe->hde", weights.out, weights.out)
+    g, dv, first = site.v.heads, site.v.dim, site.k.heads * site.k.dim
+    centred = second - torch.outer(mean, mean)
+    spread = torch.stack([centred[first + i * dv :, first + i * dv :][:dv, :dv] for i in range(g)])
+    scale = torch.tensor(site.scale, dtype=torch.float64).expand(site.heads) * after(site)
+    return Known(
+        site=site,
+        second=second,
+        mean=mean,
+        q=(q + q.transpose(1, 2)) / 2,
+        stand_in=stand_in,
+        value_cost=value_cost,
+        score_cost=floored(torch.einsum("hde,hed->h", value_cost, spread[list(site.kv_of)]) * scale.square()),
+        centred=shift_invariant(site) and carries_mean(site, weights),
+    )
+
+
+def after(site: Site) -> float:
+    """The factor that scores take from what stands behind the rope."""
+    factor = 1.0
+    for values in (site.q.after, site.k.after):
+        factor *= 1.0 if values is None else float(values.constant.reshape(-1)[0])
+    return factor
+
+
+def per_kv_head(site: Site, values: Tensor) -> Tensor:
+    """(g, ...) sums over the query heads that read a kv head, of (h, ...)."""
+    return torch.stack([values[list(heads)].sum(0) for heads in readers(site)])
+
+
+def start_gap(site: Site) -> Tensor:
+    """(pairs,) angle between key and query at distance 0."""
+    q, k = site.q.rope, site.k.rope
+    if q is None or k is None:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.from_numpy(k.start - q.start).double()
+
+
+def _from_weights(site: Site, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    base = facts(site, weights, None)
+    parts: list[tuple[Tensor, Tensor]] = []
+    for heads, inverse in ((weights.k, base.k_inverse), (weights.v, base.v_inverse)):
+        factor = heads.gain * inverse[:, None]
+        bias = torch.zeros_like(factor) if heads.bias is None else factor * heads.bias
+        parts.append(((heads.weight * factor[..., None]).flatten(0, 1), bias.flatten()))
+    (k, kb), (v, vb) = parts
+    mean = torch.cat([kb, vb])
+    if site.k.roots[0].source == site.v.roots[0].source and k.shape[1] == v.shape[1]:
+        w = torch.cat([k, v])
+        second = w @ w.T
+    else:
+        second = torch.block_diag(k @ k.T, v @ v.T)
+    return second + torch.outer(mean, mean), mean, base.q
+
+
+def _measured(site: Site, sums: Tensor) -> Tensor:
+    """(h, pairs) complex."""
+    total = torch.view_as_complex(sums.contiguous())
+    rope = site.k.rope
+    pairs = [] if rope is None else rope.pairs[:, 0].tolist()
+    return total[:, pairs] / total[:, -1:].real.clamp(min=1e-300)
+
+
+def _supposed(site: Site) -> Tensor:
+    """Attention that falls with the distance as 1 / (1 + distance), which is near what trained heads do on average."""
+    ahead = bool(site.mask.table(2, 2)[0, 1])
+    distance = torch.arange(-SUPPOSED, SUPPOSED + 1 if ahead else 1, dtype=torch.float64)
+    p = 1 / (1 + distance.abs())
+    pairs = [] if site.k.rope is None else site.k.rope.pairs[:, 0].tolist()
+    angles = distance[:, None] * frequencies(site.k)[pairs]
+    mean = ((p / p.sum())[:, None] * torch.polar(torch.ones_like(angles), angles)).sum(0)
+    return mean.expand(site.heads, -1)

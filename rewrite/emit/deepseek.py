@@ -1,0 +1,338 @@
+"""Latent attentions as a stock checkpoint: an all-dense DeepSeek-V3 model, which transformers, vLLM and SGLang load.
+
+Only a model whose rest is that of the class can become one. Which these are is not listed: the class is built from the
+source's own sizes, its tensors outside attention are compared by name and shape, and both are run with a probing
+attention in place of their own (deepseek_probe.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from rewrite.emit.deepseek_probe import probe
+from rewrite.emit.deepseek_rows import ENGINE_ROPE, EPS, Sizes, rows, spectrum, turning, uniform
+from rewrite.emit.stock import built, shapes_of
+from rewrite.emit.twin import in_float, table, twin
+from rewrite.emit.validate import LIMIT, relative
+from rewrite.heads import Latents, Rewritten
+from rewrite.layout import expanded
+from rewrite.mask import causal
+from rewrite.site import Bias, Operand, Output, Sink, Site, Softcap
+
+Changes = Mapping[str, tuple[Site, Rewritten]]
+NEEDED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "hidden_act",
+    "max_position_embeddings",
+)  # fmt: skip
+"""Numbers of the source's config that the class is built from."""
+TAKEN = (
+    "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"
+)  # fmt: skip
+"""What else is carried over where the source has it."""
+ENGINE_RANKS = (256, 512)
+ENGINE_HEAD = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Stock:
+    """The stock model, in float32, and what was padded, scaled or untied to make it one."""
+
+    model: PreTrainedModel
+    notes: tuple[str, ...]
+
+
+def deepseek(model: PreTrainedModel, changes: Changes, *, engines: bool = False) -> Stock | str:
+    """A `DeepseekV3ForCausalLM` that computes the rewritten model, or the sentence why there is none.
+
+    `changes` is site name -> (source site, rewritten with latents), for every attention of the model. `model` is not
+    written to. With `engines` the widths are those that vLLM and SGLang take: rotated 64, rank 256 or 512, heads 128.
+    Without, they are as small as the class allows, and a repeated or irregular frequency is told by "longrope" factors,
+    which transformers alone reads. That the rewritten attentions themselves are computed is for the caller to check.
+    """
+    reason = _refuse_model(model) or _refuse_sites(model, changes)
+    if reason is not None:
+        return reason
+    layers = {_layer(site): pair for pair in changes.values() for site in (pair[0],)}
+    sizes = _sizes(model, changes, engines)
+    if isinstance(sizes, str):
+        return sizes
+    config = _config(model, changes, sizes)
+    problem = _misfit(model, config, changes)
+    if problem is not None:
+        return problem
+    source = in_float(model)
+    made = _filled(source, config, layers, sizes)
+    problem = _differs(source, made, layers, sizes)
+    return problem if problem is not None else Stock(made, _notes(model, changes, sizes))
+
+
+def _refuse_model(model: PreTrainedModel) -> str | None:
+    config: Any = model.config
+    if torch.float16 in {config.dtype, *(p.dtype for p in model.parameters())}:
+        return (
+            "float16 cannot hold the class's latent norm: the latent rows are scaled by 2^-36, and its smallest number "
+            "is 2^-24; load the model in bfloat16"
+        )
+    lacking = [n for n in NEEDED if getattr(config, n, None) is None]
+    if lacking:
+        return f"its config names no {', '.join(lacking)}, of which a DeepSeek-V3 decoder is built"
+    return None
+
+
+def _layer(site: Site) -> str | None:
+    """The decoder layer that holds all of the site's tensors: "model.layers.3"."""
+    places = {".".join(t.split(".")[:3]) for t in _owned(site)}
+    place = places.pop()
+    return place if not places and place.startswith("model.layers.") else None
+
+
+def _owned(site: Site) -> set[str]:
+    """Parameters that the site's attention takes with it."""
+    names = {r.tensor for o in (site.q, site.k, site.v) for r in o.roots}
+    return names | ({site.out.root.tensor} if isinstance(site.out, Output) else set())
+
+
+def _refuse_sites(model: PreTrainedModel, changes: Changes) -> str | None:
+    for name, (site, new) in changes.items():
+        reason = _refuse(site, new)
+        if reason is not None:
+            return f"{name}: {reason}"
+    config: Any = model.config
+    wanted = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
+    found = [_layer(site) for site, _ in changes.values()]
+    without = [w for w in wanted if w not in found]
+    if without:
+        count = f"{len(without)} of {len(wanted)} layers have no converted attention"
+        return f"{count} ({', '.join(without[:4])}); the class has latents in every layer, so convert all of them"
+    if len(found) != len(wanted):
+        return f"{len(found)} attentions in {len(wanted)} layers; the class has one in each"
+    heads = {site.heads for site, _ in changes.values()}
+    if len(heads) > 1:
+        return f"layers have {min(heads)} to {max(heads)} query heads; the class has one number for all"
+    return None
+
+
+def _refuse(site: Site, new: Rewritten) -> str | None:
+    if new.latents is None:
+        return "it caches no latent, and the class holds nothing else"
+    if new.latents.up_k is not None:
+        return "its keys are rebuilt from the latent and then rotated; the class rotates channels of its own: " + (
+            "convert with form='absorbed'"
+        )
+    if site.cross or site.mask.keep != causal.keep or site.mask.origin != "constant":
+        what = "another sequence" if site.cross else f"keys by the mask {site.mask}"
+        return f"it reads {what}; the class reads every token up to the query (causal)"
+    return _refuse_mods(site) or _refuse_between(site) or _refuse_bias(site, new)
+
+
+def _refuse_mods(site: Site) -> str | None:
+    for mod in site.mods:
+        if isinstance(mod, Softcap):
+            return f"its scores are capped at {mod.cap:g}; the class has no cap"
+        if isinstance(mod, Sink):
+            return "a sink takes part of the probability; the class has none"
+        if isinstance(mod, Bias):
+            return f"a bias from {mod.origin} is added to its scores; the class has none"
+    return None
+
+
+def _refuse_between(site: Site) -> str | None:
+    """What stands between projections and core must be a rope, uniform factors or nothing."""
+    for name, o in (("queries", site.q), ("keys", site.k), ("values", site.v)):
+        if len(o.roots) != 1:
+            return f"its {name} come from {len(o.roots)} projections; the class is made of one"
+        if o.norm is not None:
+            return (
+                f"its {name} pass an {o.norm.kind} norm behind the projection, and what the class caches is linear in "
+                f"the layer's input; emit it with its own modelling file"
+            )
+        if o.shift is not None:
+            return f"a constant is added to its {name}; the class has no place for it"
+        if o.token_gain is not None or uniform(o.after) is None:
+            return f"its {name} are scaled by position or channel behind the rotation; the class scales all alike"
+    if site.v.rope is not None or uniform(site.v.after) != 1.0:
+        return "its values are rotated or scaled; in the class they are not"
+    tables = [o for o in (site.q, site.k) if o.rope is not None and o.rope.table is not None]
+    return "its rotation is not by the token's position; the class's is" if tables else None
+
+
+def _refuse_bias(site: Site, new: Rewritten) -> str | None:
+    def biased(o: Operand) -> bool:
+        return any(r.bias is not None for r in o.roots)
+
+    names = [n for n, o in (("queries", site.q), ("keys", site.k), ("values", site.v)) if biased(o)]
+    if not isinstance(site.out, Output):
+        return f"its output projection is not known: {site.out}"
+    if site.out.root.bias is not None or new.weights.out_bias is not None:
+        names.append("output")
+    if names:
+        return f"its {', '.join(names)} have a bias; engines build this class without, and leave such tensors unread"
+    return None
+
+
+def _latents(changes: Changes) -> list[Latents]:
+    return [new.latents for _, new in changes.values() if new.latents is not None]
+
+
+def _sizes(model: PreTrainedModel, changes: Changes, engines: bool) -> Sizes | str:
+    config: Any = model.config
+    found = _latents(changes)
+    layers = [latents.frequencies[turning(latents)].abs().tolist() for latents in found]
+    if any(f == 0 for layer in layers for f in layer):
+        return "a rotated channel turns by 0 per token; keep it in the latent"
+    turns = spectrum(layers, engines=engines)
+    if isinstance(turns, str):
+        return turns
+    rank = max(1, *(x.rank for x in found))
+    nope, value = (max(getattr(x, n).shape[axis] for x in found) for n, axis in (("read", 2), ("up_v", 1)))
+    if engines:
+        if rank > ENGINE_RANKS[-1]:
+            return f"its latents have rank {rank}; vLLM and SGLang take at most {ENGINE_RANKS[-1]}: convert to that"
+        if config.hidden_act != "silu":
+            return f"its MLPs use {config.hidden_act}; vLLM takes silu alone in this class"
+        rank = next(r for r in ENGINE_RANKS if r >= rank)
+        nope, value = max(nope, ENGINE_HEAD), max(value, ENGINE_HEAD)
+    near = math.isclose(config.rms_norm_eps, EPS, rel_tol=1e-6)
+    return Sizes(rank, nope, value, turns, 1.0 if near else math.sqrt(EPS / config.rms_norm_eps))
+
+
+def _config(model: PreTrainedModel, changes: Changes, sizes: Sizes) -> DeepseekV3Config:
+    config: Any = model.config
+    heads = next(site.heads for site, _ in changes.values())
+    taken = {n: getattr(config, n) for n in (*NEEDED, *TAKEN) if hasattr(config, n)}
+    fields: dict[str, Any] = {
+        **taken,
+        "rms_norm_eps": EPS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "q_lora_rank": None,
+        "kv_lora_rank": sizes.rank,
+        "qk_nope_head_dim": sizes.nope,
+        "qk_rope_head_dim": sizes.rope,
+        "v_head_dim": sizes.value,
+        "rope_parameters": sizes.spectrum.parameters(config.max_position_embeddings),
+        "rope_interleave": True,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        # no layer is sparse; loaders read these numbers all the same
+        "first_k_dense_replace": config.num_hidden_layers,
+        "moe_intermediate_size": config.intermediate_size,
+        "moe_layer_freq": 1,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 0,
+        **dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group"), 1),
+    }
+    made = DeepseekV3Config(**fields)
+    made.dtype = config.dtype
+    return made
+
+
+def _attention(name: str) -> bool:
+    return ".self_attn." in name
+
+
+def _misfit(model: PreTrainedModel, config: DeepseekV3Config, changes: Changes) -> str | None:
+    """Why the rest of the model is not that of the class, by names and shapes."""
+    try:
+        theirs = {n: s for n, s in shapes_of(built(DeepseekV3ForCausalLM, config)).items() if not _attention(n)}
+    # whatever the class objects to, it cannot be had
+    except Exception as error:
+        return f"DeepseekV3ForCausalLM cannot be built: {type(error).__name__}: {str(error).splitlines()[0]}"
+    owned = {t for site, _ in changes.values() for t in _owned(site)}
+    ours = {n: s for n, s in shapes_of(model).items() if n not in owned}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs:
+            return f"{name} has no place in DeepseekV3ForCausalLM"
+        if ours.get(name) != theirs[name]:
+            have = f"is {list(ours[name])}" if name in ours else "is missing"
+            return f"{name} {have}; DeepseekV3ForCausalLM wants {list(theirs[name])}"
+    return None
+
+
+def _filled(
+    source: PreTrainedModel, config: DeepseekV3Config, layers: Mapping[str | None, tuple[Site, Rewritten]], sizes: Sizes
+) -> PreTrainedModel:
+    """The class with its tensors; what writes to the residual stream is scaled with it."""
+    with no_init_weights():
+        made: PreTrainedModel = DeepseekV3ForCausalLM(config)
+    values = table(source)
+    edits = _edits(layers, sizes)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            value = edits[name] if name in edits else values[name].detach()
+            scaled = name == "model.embed_tokens.weight" or name.endswith("mlp.down_proj.weight")
+            parameter.copy_(value * sizes.residual if scaled else value)
+    made.train(source.training)
+    made.generation_config = copy.deepcopy(source.generation_config)
+    return made
+
+
+def _edits(layers: Mapping[str | None, tuple[Site, Rewritten]], sizes: Sizes) -> dict[str, Tensor]:
+    return {
+        f"{layer}.self_attn.{name}": value
+        for layer, (site, new) in layers.items()
+        if new.latents is not None
+        for name, value in rows(site, new.weights, new.latents, sizes).items()
+    }
+
+
+def _differs(
+    source: PreTrainedModel, made: PreTrainedModel, layers: Mapping[str | None, tuple[Site, Rewritten]], sizes: Sizes
+) -> str | None:
+    """Run both with one attention that both can hold: it shows what names and shapes do not."""
+    tensors = table(source)
+    probed = {layer: probe(site, new, sizes) for layer, (site, new) in layers.items()}
+    edits: dict[str, Tensor] = {}
+    for layer, (site, _) in layers.items():
+        edits |= expanded(site, probed[layer].weights, site.kv_of, tensors.__getitem__)
+    vocabulary = tensors["model.embed_tokens.weight"].shape[0]
+    ids = (torch.arange(24) * 7919 % vocabulary).view(2, 12).to(source.device)
+    with torch.no_grad():
+        expected = twin(source, edits, share=True).eval()(input_ids=ids).logits
+        changed = {layer: (site, probed[layer]) for layer, (site, _) in layers.items()}
+        found = twin(made, _edits(changed, sizes), share=True).eval()(input_ids=ids).logits
+    error = relative(expected.cpu(), found.cpu())
+    if error <= LIMIT:
+        return None
+    return (
+        f"with one attention in place of its own, DeepseekV3ForCausalLM gives other logits than the model: they differ "
+        f"by {error:.0e} (limit {LIMIT:.0e}), so its layers compute something else"
+    )
+
+
+def _notes(model: PreTrainedModel, changes: Changes, sizes: Sizes) -> tuple[str, ...]:
+    config: Any = model.config
+    found = _latents(changes)
+    notes = [
+        "the latent norm is made linear by rows scaled by about 2^-36: store bfloat16 or float32, never float16, and "
+        "do not train this folder"
+    ]
+    widths = (
+        ("rank", sizes.rank, [x.rank for x in found]),
+        ("rotated channels", sizes.rope, [2 * len(turning(x)) for x in found]),
+        ("key width", sizes.nope, [x.read.shape[2] for x in found]),
+        ("value width", sizes.value, [x.up_v.shape[1] for x in found]),
+    )
+    for name, width, used in widths:
+        if min(used) < width:
+            span = f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
+            notes.append(f"{name} {span} padded with zeros to {width}")
+    if sizes.residual != 1.0:
+        notes.append(f"residual stream scaled by {sizes.residual:.4g}: rms_norm_eps {config.rms_norm_eps:g} is {EPS:g}")
+    if config.tie_word_embeddings:
+        notes.append("the output head, tied in the source, is a tensor of its own")
+    if sizes.spectrum.exact:
+        notes.append("rotations told by longrope factors: transformers reads this folder, vLLM and SGLang do not")
+    elif (sizes.rank, sizes.rope) not in {(r, ENGINE_ROPE) for r in ENGINE_RANKS}:
+        have = f"{sizes.rank} + {sizes.rope}"
+        notes.append(f"{have} cached numbers: vLLM and SGLang take 256 or 512 + {ENGINE_ROPE} (engines=True)")
+    return tuple(notes)

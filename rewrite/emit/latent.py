@@ -1,0 +1,190 @@
+"""Form "latent": the module runs its own forward, its cache holds one vector a token (see runtime/latent.py).
+
+Proven in two steps: with latents that lose nothing the whole model must be the original in every mode, which proves
+the wiring; then the model with its real latents must say the same with its cache as without, which proves the reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rewrite.emit import runtime
+from rewrite.emit.choose import Changes, Emitted, padded
+from rewrite.emit.edits import edited
+from rewrite.emit.files import dress
+from rewrite.emit.observe import Log, Table, observe, owner
+from rewrite.emit.twin import as_before, in_float, put, table, twin
+from rewrite.emit.validate import differs, inconsistent, latents_held
+from rewrite.exact import exact_latents
+from rewrite.heads import Latents, Rewritten
+from rewrite.site import FloatArray, Rope, Site
+
+Recipe = dict[str, Any]
+
+
+def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]) -> Emitted:
+    """A new model whose rewritten sites cache their latents; `model` is not written to.
+
+    `changes` is site name -> (source site, rewritten with latents), `inputs` keyword arguments of one forward.
+    """
+    source, inputs = in_float(model), padded(inputs)
+    logs = observe(source, [site for site, _ in changes.values()], inputs)
+    refused: dict[str, str] = {}
+    sites: dict[str, Site] = {}
+    for name, (site, _) in changes.items():
+        made = recipe(source, site, exact_latents(site), logs[owner(site)])
+        if isinstance(made, str):
+            refused[name] = f"latent: {made}"
+        else:
+            sites[name] = site
+    refused |= _unproven(source, sites, logs, inputs)
+    kept = {n: c for n, c in changes.items() if n not in refused}
+    if not kept:
+        return Emitted(model, {}, {n: (r,) for n, r in refused.items()}, refused)
+    made = _shipped(source, kept, logs)
+    held = {log.layer: new.latents for site, new in kept.values() if (log := logs[owner(site)]).layer is not None}
+    problem = inconsistent(made, inputs) or latents_held(
+        made, inputs, {n: x.rank + x.rope_dim for n, x in held.items() if x is not None}
+    )
+    if problem is not None:
+        raise RuntimeError(f"the model with its latents does not read them as it wrote them: {problem}")
+    as_before(made, model)
+    return Emitted(made, dict.fromkeys(kept, "latent"), {}, refused)
+
+
+def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Recipe | str:
+    """What the runtime needs to know of one site, or why it cannot be had."""
+    reason = _unwritten(model.get_submodule(owner(site)), log)
+    if reason is not None:
+        return reason
+    keep = _keep(site, log)
+    if isinstance(keep, str):
+        return keep
+    rope: Recipe | None = None
+    if site.k.rope is not None:
+        found = _columns(site.k.rope, log.tables, latents.frequencies.numpy())
+        if isinstance(found, str):
+            return found
+        rope = found
+    sizes = {"rank": latents.rank, "rope_dim": latents.rope_dim, "heads": site.heads}
+    sizes |= {"dim": site.k.dim, "value_dim": site.v.dim}
+    return {"site": site.name, "form": "latent", "module": owner(site), "sizes": sizes, "keep": keep, "rope": rope}
+
+
+def _unwritten(module: nn.Module, log: Log) -> str | None:
+    if not log.called:
+        return "not called by the example"
+    if not log.writes:
+        return "it writes no cache, so there is nothing to make smaller"
+    if len(log.slots) > 1:
+        return f"writes cache layers {' and '.join(str(layer) for _, layer in sorted(log.slots))}"
+    if not log.kernels:
+        return f"{type(module).__name__} computes its attention itself and asks for no kernel that could read a latent"
+    return None
+
+
+def _keep(site: Site, log: Log) -> list[int] | str:
+    """Which of the heads that the module shows are the site's kv heads."""
+    shown = {t.shape[1] for w in log.writes for t in (w.k, w.v)}
+    if shown == {site.k.heads}:
+        return list(range(site.k.heads))
+    if shown == {site.heads}:
+        return [site.kv_of.index(i) for i in range(site.k.heads)]
+    return f"its cache is given {sorted(shown)} heads, the site has {site.k.heads} kv heads"
+
+
+def _columns(rope: Rope, tables: list[Table], wanted: FloatArray) -> Recipe | str:
+    """Which columns of the module's rope table turn by the wanted frequencies, and the factor that the table has."""
+    if not tables:
+        return "its rope table is not among its arguments, so that the cached channels could not be turned by it"
+    longest = max(tables, key=lambda t: t.cos.shape[1])
+    turns = torch.complex(longest.cos.double(), longest.sin.double())[-1]
+    factor = float(turns[0, 0].abs())
+    step = (turns[1:] / turns[:-1]).angle().mean(0).numpy()
+    pairs, table = rope.frequencies, longest
+    for place in ([*range(len(pairs))], [2 * j for j in range(len(pairs))]):
+        if max(place) < len(step) and np.allclose(step[place], pairs, rtol=1e-3, atol=1e-5):
+            columns = [place[int(np.abs(pairs - f).argmin())] for f in wanted[: len(wanted)]]
+            return {"name": table.name, "place": table.place, "columns": columns, "factor": round(factor, 6)}
+    return f"the columns of its rope table '{table.name}' do not turn by the {len(pairs)} frequencies of its keys"
+
+
+def _unproven(
+    source: PreTrainedModel, sites: Mapping[str, Site], logs: Mapping[str, Log], inputs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Sites that are not the original's even with latents that lose nothing, with the sentence."""
+    exact = {n: (s, Rewritten(s, _none(), tuple(range(s.heads)), latents=exact_latents(s))) for n, s in sites.items()}
+    if not exact or differs(source, _built(source, exact, logs), inputs) is None:
+        return {}
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, change in exact.items():
+        kinds.setdefault(type(source.get_submodule(owner(change[0]))).__name__, {})[name] = change
+    out: dict[str, str] = {}
+    for group in kinds.values():
+        problem = differs(source, _built(source, group, logs), inputs)
+        out |= {name: f"latent: {problem}" for name in group if problem is not None}
+    return out or dict.fromkeys(exact, "latent: passes alone, but not beside the others")
+
+
+def _none() -> Any:
+    """In place of weights that nobody reads."""
+    return None
+
+
+def _built(source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log]) -> PreTrainedModel:
+    """A copy of the source with the sites' latents, its other tensors shared."""
+    made = twin(source, {}, share=True)
+    runtime.install(made, _recipes(source, changes, logs))
+    _fill(made, changes)
+    return made
+
+
+def _shipped(source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log]) -> PreTrainedModel:
+    """A model of its own, made by the generated file's text."""
+    tensors, edits = table(source), dict[str, Tensor]()
+    for site, new in changes.values():
+        edits |= edited(site, new, tensors.__getitem__)
+    made = twin(source, edits, share=False)
+    dress(made, _recipes(source, changes, logs))
+    _fill(made, changes)
+    return made
+
+
+def _recipes(source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log]) -> Recipe:
+    made: list[Recipe] = []
+    for site, new in changes.values():
+        one = recipe(source, site, _of(new), logs[owner(site)])
+        if isinstance(one, str):
+            raise ValueError(f"{site.name}: {one}")
+        made.append(one)
+    return {"version": 1, "sites": made}
+
+
+def _of(new: Rewritten) -> Latents:
+    if new.latents is None:
+        raise ValueError(f"{new.site.name} has no latents")
+    return new.latents
+
+
+def _fill(made: PreTrainedModel, changes: Changes) -> None:
+    for site, new in changes.values():
+        for name, value in module_tensors(site, _of(new)).items():
+            put(made, f"{owner(site)}.reattn.{name}", value)
+
+
+def module_tensors(site: Site, latents: Latents) -> dict[str, Tensor]:
+    """The runtime module's parameters. A factor behind the rope is in the keys and queries that the module shows,
+    but not in those that the latents are made for."""
+    factor = 1.0 if site.k.after is None else float(site.k.after.constant.reshape(-1)[0])
+    down = torch.cat([latents.down, latents.turn])
+    down[:, : site.k.heads * site.k.dim] /= factor
+    out = {"down": down, "read": latents.read * factor, "up_v": latents.up_v}
+    if latents.rope_dim:
+        out["query_turn"] = latents.query_turn * factor
+    return {name: value.float() for name, value in out.items()}

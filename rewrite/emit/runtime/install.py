@@ -1,0 +1,18 @@
+"""`install(model, recipe)` changes a freshly built model as the JSON recipe in its config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rewrite.emit.runtime.heads import Part, install_heads
+from rewrite.emit.runtime.latent import install_latent
+
+
+def install(model: nn.Module, recipe: dict[str, Any], prefix: str = "") -> None:
+    """Change every site of the recipe that lies in the model."""
+    part = Part(model, prefix)
+    for site in recipe["sites"]:
+        if part.holds(site["site"]):
+            (install_latent if site["form"] == "latent" else install_heads)(part, site)

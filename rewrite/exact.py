@@ -1,0 +1,38 @@
+"""Latents that lose nothing: all values (and what keys have that does not turn) as they are, all pairs that turn."""
+
+from __future__ import annotations
+
+import torch
+
+from rewrite.heads import Latents
+from rewrite.site import Site
+
+
+def exact_latents(site: Site) -> Latents:
+    """As many numbers a token as the source caches; query heads read their own kv head's and no others. Where the
+    source's rope starts at an angle, queries and keys must start at the same one: then it has no effect."""
+    g, d, e, h = site.k.heads, site.k.dim, site.v.dim, site.heads
+    pairs = [] if site.k.rope is None else site.k.rope.pairs.tolist()
+    turning = {x for pair in pairs for x in pair}
+    still = [(i, x) for i in range(g) for x in range(d) if x not in turning]
+    moving = [(i, j, a, b) for i in range(g) for j, (a, b) in enumerate(pairs)]
+    rank, rope_dim = g * e + len(still), 2 * len(moving)
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=torch.float64)
+
+    down, turn = zeros(rank, g * (d + e)), zeros(rope_dim, g * (d + e))
+    read, query_turn, up_v = zeros(h, rank, d), zeros(h, rope_dim, d), zeros(h, e, rank)
+    down[torch.arange(g * e), g * d + torch.arange(g * e)] = 1
+    for n, (i, x) in enumerate(still):
+        down[g * e + n, i * d + x] = 1
+    for n, (i, _, a, b) in enumerate(moving):
+        turn[2 * n, i * d + a] = turn[2 * n + 1, i * d + b] = 1
+    for head, kv in enumerate(site.kv_of):
+        up_v[head, :, kv * e : (kv + 1) * e] = torch.eye(e, dtype=torch.float64)
+        for n, (i, x) in enumerate(still):
+            read[head, g * e + n, x] = float(i == kv)
+        for n, (i, _, a, b) in enumerate(moving):
+            query_turn[head, 2 * n, a] = query_turn[head, 2 * n + 1, b] = float(i == kv)
+    frequencies = torch.tensor([] if site.k.rope is None else [site.k.rope.frequencies[j] for _, j, _, _ in moving])
+    return Latents(down, turn, read, query_turn, up_v, frequencies.double())
