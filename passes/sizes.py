@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rewrite.checkpoint import Checkpoint, open_checkpoint
-from rewrite.site import Dense, Operand, Refusal, Site
+from rewrite.site import Dense, Latent, Operand, Refusal, Site
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,10 @@ class Source:
 
 
 def shape(site: Site) -> str:
-    """How a site looks in one cell: dense 32 × 128, grouped 8 of 32 × 128."""
+    """How a site looks in one cell: dense 32 × 128, grouped 8 of 32 × 128, latent 448 + 64 for 32 heads."""
+    if isinstance(site.form, Latent):
+        turned = f" + {site.form.rope_dim}" if site.form.rope_dim else ""
+        return f"{'rebuilt' if site.form.rebuilt else 'latent'} {site.form.rank}{turned} for {site.heads} heads"
     width = f"{site.k.dim}" if site.k.dim == site.v.dim else f"{site.k.dim}/{site.v.dim}"
     if isinstance(site.form, Dense) or site.kv_heads == site.heads:
         return f"dense {site.heads} × {width}"
@@ -43,6 +46,12 @@ def parameters(site: Site) -> int:
         return heads * o.dim * (o.roots[0].columns + (o.roots[0].bias is not None))
 
     out = 0 if isinstance(site.out, Refusal) else site.heads * site.v.dim * site.out.root.rows
+    if isinstance(site.form, Latent):
+        # the projections stay, and what is read from the latent comes beside them
+        held, d, e = site.form, site.k.dim, site.v.dim
+        reading = site.heads * (held.rank * (d + e) + held.rope_dim * d)
+        added = site.cache_per_token * site.k.heads * (d + e) + reading
+        return numbers(site.q, site.heads) + sum(numbers(o, o.heads) for o in (site.k, site.v)) + out + added
     return numbers(site.q, site.heads) + sum(numbers(o, site.kv_heads) for o in (site.k, site.v)) + out
 
 

@@ -26,7 +26,7 @@ from rewrite.opened import Opened, open_model
 from rewrite.program import Program
 from rewrite.report import Checked, Report
 from rewrite.save import made_by, refuse_saving, save
-from rewrite.site import Site
+from rewrite.site import Latent, Site
 from rewrite.spell import spell
 
 TARGETS: tuple[type[Any], ...] = (GQA,)
@@ -214,12 +214,14 @@ def emit(program: Program, changes: Mapping[str, Change], planned: Plan) -> tupl
     from transformers import PreTrainedModel
 
     from rewrite.emit import emit as emit_pretrained
+    from rewrite.emit import emit_latent
 
     pairs = {name: (c.site, c.rewritten) for name, c in changes.items()}
     if not isinstance(program.module, PreTrainedModel):
         made = lower(program.dynamic or program.static, pairs, named_tensors(program.module))
         return made, planned.emitted(dict.fromkeys(pairs, ("graph", "")), {})
-    emitted = emit_pretrained(program.module, pairs, program.kwargs)
+    latent = any(c.rewritten.latents is not None for c in changes.values())
+    emitted = (emit_latent if latent else emit_pretrained)(program.module, pairs, program.kwargs)
     planned = planned.emitted(
         {n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}, emitted.refused
     )
@@ -232,10 +234,13 @@ def forecast(module: nn.Module, pairs: Mapping[str, tuple[Site, Site]]) -> dict[
     from transformers import PreTrainedModel
 
     from rewrite.emit import forecast as forecast_pretrained
+    from rewrite.emit import forecast_latent
 
     if not isinstance(module, PreTrainedModel):
         return dict.fromkeys(pairs, ("graph", ""))
-    return forecast_pretrained(module, pairs)
+    latent = [n for n, (_, new) in pairs.items() if isinstance(new.form, Latent)]
+    heads = {n: pair for n, pair in pairs.items() if n not in latent}
+    return forecast_pretrained(module, heads) | forecast_latent(module, latent)
 
 
 def _require(planned: Plan) -> None:

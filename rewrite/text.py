@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rewrite.site import Affine, Bias, Grouped, Mod, Norm, Operand, Output, Rope, Site, Softcap
+from rewrite.site import Affine, Bias, Latent, Mod, Norm, Operand, Output, Rope, Site, Softcap
 
 NUMBER = re.compile(r"\d+")
 
@@ -99,13 +99,21 @@ def _kv_of(site: Site) -> list[str]:
     return [] if plain else ["kv_of=" + ",".join(map(str, site.kv_of))]
 
 
+def _held(site: Site) -> list[str]:
+    """What the cache holds of a token."""
+    if not isinstance(site.form, Latent):
+        return [f"kv_heads={site.kv_heads}"]
+    turned = [f"rope_dim={site.form.rope_dim}"] if site.form.rope_dim else []
+    return [f"rank={site.form.rank}", *turned, *(["rebuilt"] if site.form.rebuilt else [])]
+
+
 def site_text(site: Site, exact: bool = False) -> str:
     """All of the line but the name."""
-    form = "grouped" if isinstance(site.form, Grouped) else "dense"
+    form = type(site.form).__name__.lower()
     width = f"{site.heads}x{site.q.dim}" + (f"/{site.v.dim}" if site.v.dim != site.q.dim else "")
     origin = "" if site.mask.origin == "constant" else f" ({site.mask.origin})"
     parts = [
-        f"kv_heads={site.kv_heads}",
+        *_held(site),
         f"heads={width}",
         *_kv_of(site),
         f"scale={','.join(number(x, exact) for x in site.scale)}",

@@ -3,9 +3,11 @@
 stock     the model's own class with another number of kv heads in its config; a plain checkpoint
 grouped   the site's own module and forward; cache and attention kernel hold one head a group
 view      the same, but the module reads all heads back from the cache: less memory, no less time
+latent    the site's own module and forward; the cache holds one vector a token, from which its kernel reads
 """
 
 from rewrite.emit.choose import Changes, Emitted, emit, forecast
+from rewrite.emit.latent import emit_latent, forecast_latent
 from rewrite.emit.reading import for_older_readers
 
-__all__ = ["Changes", "Emitted", "emit", "for_older_readers", "forecast"]
+__all__ = ["Changes", "Emitted", "emit", "emit_latent", "for_older_readers", "forecast", "forecast_latent"]

@@ -19,21 +19,16 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedMode
 from transformers.initialization import no_init_weights
 
 from rewrite.emit.deepseek_probe import probe
-from rewrite.emit.deepseek_rows import ENGINE_ROPE, EPS, Sizes, rows, spectrum, turning, uniform
+from rewrite.emit.deepseek_refuse import NEEDED, layer_of, owned, refuse_model, refuse_sites
+from rewrite.emit.deepseek_rows import ENGINE_ROPE, EPS, Sizes, rows, spectrum, turning
 from rewrite.emit.stock import built, shapes_of
 from rewrite.emit.twin import in_float, table, twin
 from rewrite.emit.validate import LIMIT, relative
 from rewrite.heads import Latents, Rewritten
 from rewrite.layout import expanded
-from rewrite.mask import causal
-from rewrite.site import Bias, Operand, Output, Sink, Site, Softcap
+from rewrite.site import Site
 
 Changes = Mapping[str, tuple[Site, Rewritten]]
-NEEDED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "hidden_act",
-    "max_position_embeddings",
-)  # fmt: skip
-"""Numbers of the source's config that the class is built from."""
 TAKEN = (
     "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"
 )  # fmt: skip
@@ -58,10 +53,10 @@ def deepseek(model: PreTrainedModel, changes: Changes, *, engines: bool = False)
     Without, they are as small as the class allows, and a repeated or irregular frequency is told by "longrope" factors,
     which transformers alone reads. That the rewritten attentions themselves are computed is for the caller to check.
     """
-    reason = _refuse_model(model) or _refuse_sites(model, changes)
+    reason = refuse_model(model) or refuse_sites(model, changes)
     if reason is not None:
         return reason
-    layers = {_layer(site): pair for pair in changes.values() for site in (pair[0],)}
+    layers = {layer_of(site) or "": (site, new) for site, new in changes.values()}
     sizes = _sizes(model, changes, engines)
     if isinstance(sizes, str):
         return sizes
@@ -73,110 +68,6 @@ def deepseek(model: PreTrainedModel, changes: Changes, *, engines: bool = False)
     made = _filled(source, config, layers, sizes)
     problem = _differs(source, made, layers, sizes)
     return problem if problem is not None else Stock(made, _notes(model, changes, sizes))
-
-
-def _refuse_model(model: PreTrainedModel) -> str | None:
-    config: Any = model.config
-    if torch.float16 in {config.dtype, *(p.dtype for p in model.parameters())}:
-        return (
-            "float16 cannot hold the class's latent norm: the latent rows are scaled by 2^-36, and its smallest number "
-            "is 2^-24; load the model in bfloat16"
-        )
-    lacking = [n for n in NEEDED if getattr(config, n, None) is None]
-    if lacking:
-        return f"its config names no {', '.join(lacking)}, of which a DeepSeek-V3 decoder is built"
-    return None
-
-
-def _layer(site: Site) -> str | None:
-    """The decoder layer that holds all of the site's tensors: "model.layers.3"."""
-    places = {".".join(t.split(".")[:3]) for t in _owned(site)}
-    place = places.pop()
-    return place if not places and place.startswith("model.layers.") else None
-
-
-def _owned(site: Site) -> set[str]:
-    """Parameters that the site's attention takes with it."""
-    names = {r.tensor for o in (site.q, site.k, site.v) for r in o.roots}
-    return names | ({site.out.root.tensor} if isinstance(site.out, Output) else set())
-
-
-def _refuse_sites(model: PreTrainedModel, changes: Changes) -> str | None:
-    for name, (site, new) in changes.items():
-        reason = _refuse(site, new)
-        if reason is not None:
-            return f"{name}: {reason}"
-    config: Any = model.config
-    wanted = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
-    found = [_layer(site) for site, _ in changes.values()]
-    without = [w for w in wanted if w not in found]
-    if without:
-        count = f"{len(without)} of {len(wanted)} layers have no converted attention"
-        return f"{count} ({', '.join(without[:4])}); the class has latents in every layer, so convert all of them"
-    if len(found) != len(wanted):
-        return f"{len(found)} attentions in {len(wanted)} layers; the class has one in each"
-    heads = {site.heads for site, _ in changes.values()}
-    if len(heads) > 1:
-        return f"layers have {min(heads)} to {max(heads)} query heads; the class has one number for all"
-    return None
-
-
-def _refuse(site: Site, new: Rewritten) -> str | None:
-    if new.latents is None:
-        return "it caches no latent, and the class holds nothing else"
-    if new.latents.up_k is not None:
-        return "its keys are rebuilt from the latent and then rotated; the class rotates channels of its own: " + (
-            "convert with form='absorbed'"
-        )
-    if site.cross or site.mask.keep != causal.keep or site.mask.origin != "constant":
-        what = "another sequence" if site.cross else f"keys by the mask {site.mask}"
-        return f"it reads {what}; the class reads every token up to the query (causal)"
-    return _refuse_mods(site) or _refuse_between(site) or _refuse_bias(site, new)
-
-
-def _refuse_mods(site: Site) -> str | None:
-    for mod in site.mods:
-        if isinstance(mod, Softcap):
-            return f"its scores are capped at {mod.cap:g}; the class has no cap"
-        if isinstance(mod, Sink):
-            return "a sink takes part of the probability; the class has none"
-        if isinstance(mod, Bias):
-            return f"a bias from {mod.origin} is added to its scores; the class has none"
-    return None
-
-
-def _refuse_between(site: Site) -> str | None:
-    """What stands between projections and core must be a rope, uniform factors or nothing."""
-    for name, o in (("queries", site.q), ("keys", site.k), ("values", site.v)):
-        if len(o.roots) != 1:
-            return f"its {name} come from {len(o.roots)} projections; the class is made of one"
-        if o.norm is not None:
-            return (
-                f"its {name} pass an {o.norm.kind} norm behind the projection, and what the class caches is linear in "
-                f"the layer's input; emit it with its own modelling file"
-            )
-        if o.shift is not None:
-            return f"a constant is added to its {name}; the class has no place for it"
-        if o.token_gain is not None or uniform(o.after) is None:
-            return f"its {name} are scaled by position or channel behind the rotation; the class scales all alike"
-    if site.v.rope is not None or uniform(site.v.after) != 1.0:
-        return "its values are rotated or scaled; in the class they are not"
-    tables = [o for o in (site.q, site.k) if o.rope is not None and o.rope.table is not None]
-    return "its rotation is not by the token's position; the class's is" if tables else None
-
-
-def _refuse_bias(site: Site, new: Rewritten) -> str | None:
-    def biased(o: Operand) -> bool:
-        return any(r.bias is not None for r in o.roots)
-
-    names = [n for n, o in (("queries", site.q), ("keys", site.k), ("values", site.v)) if biased(o)]
-    if not isinstance(site.out, Output):
-        return f"its output projection is not known: {site.out}"
-    if site.out.root.bias is not None or new.weights.out_bias is not None:
-        names.append("output")
-    if names:
-        return f"its {', '.join(names)} have a bias; engines build this class without, and leave such tensors unread"
-    return None
 
 
 def _latents(changes: Changes) -> list[Latents]:
@@ -247,8 +138,8 @@ def _misfit(model: PreTrainedModel, config: DeepseekV3Config, changes: Changes) 
     # whatever the class objects to, it cannot be had
     except Exception as error:
         return f"DeepseekV3ForCausalLM cannot be built: {type(error).__name__}: {str(error).splitlines()[0]}"
-    owned = {t for site, _ in changes.values() for t in _owned(site)}
-    ours = {n: s for n, s in shapes_of(model).items() if n not in owned}
+    gone = {t for site, _ in changes.values() for t in owned(site)}
+    ours = {n: s for n, s in shapes_of(model).items() if n not in gone}
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in theirs:
             return f"{name} has no place in DeepseekV3ForCausalLM"
@@ -258,11 +149,9 @@ def _misfit(model: PreTrainedModel, config: DeepseekV3Config, changes: Changes) 
     return None
 
 
-def _filled(
-    source: PreTrainedModel, config: DeepseekV3Config, layers: Mapping[str | None, tuple[Site, Rewritten]], sizes: Sizes
-) -> PreTrainedModel:
+def _filled(source: PreTrainedModel, config: DeepseekV3Config, layers: Changes, sizes: Sizes) -> PreTrainedModel:
     """The class with its tensors; what writes to the residual stream is scaled with it."""
-    with no_init_weights():
+    with no_init_weights(), source.device:
         made: PreTrainedModel = DeepseekV3ForCausalLM(config)
     values = table(source)
     edits = _edits(layers, sizes)
@@ -276,7 +165,7 @@ def _filled(
     return made
 
 
-def _edits(layers: Mapping[str | None, tuple[Site, Rewritten]], sizes: Sizes) -> dict[str, Tensor]:
+def _edits(layers: Changes, sizes: Sizes) -> dict[str, Tensor]:
     return {
         f"{layer}.self_attn.{name}": value
         for layer, (site, new) in layers.items()
@@ -285,9 +174,7 @@ def _edits(layers: Mapping[str | None, tuple[Site, Rewritten]], sizes: Sizes) ->
     }
 
 
-def _differs(
-    source: PreTrainedModel, made: PreTrainedModel, layers: Mapping[str | None, tuple[Site, Rewritten]], sizes: Sizes
-) -> str | None:
+def _differs(source: PreTrainedModel, made: PreTrainedModel, layers: Changes, sizes: Sizes) -> str | None:
     """Run both with one attention that both can hold: it shows what names and shapes do not."""
     tensors = table(source)
     probed = {layer: probe(site, new, sizes) for layer, (site, new) in layers.items()}

@@ -92,8 +92,7 @@ def series(theta: float, width: int) -> FloatArray:
 
 def turning(latents: Latents) -> list[int]:
     """The pairs of rotated channels that do something: both a key and a query reach them."""
-    keys, queries = latents.turn.unflatten(0, (-1, 2)), latents.query_turn.unflatten(1, (-1, 2))
-    alive = (keys != 0).flatten(1).any(1) & (queries != 0).transpose(0, 1).flatten(1).any(1)
+    alive = (latents.turn != 0).any(1).view(-1, 2).any(1) & (latents.query_turn != 0).any(2).any(0).view(-1, 2).any(1)
     return [int(j) for j in alive.nonzero()]
 
 
@@ -138,16 +137,15 @@ def _geometric(frequencies: Sequence[float], slots: int) -> tuple[float, list[bo
     """(theta, which frequencies are theta^(-i / slots) for i < slots): of those that serve most the smallest theta."""
     logs = -np.log(np.array(frequencies))
     slow = logs[logs > NEAR]
-    best: tuple[int, float, list[bool]] = (-1, 0.0, [])
+    best: tuple[int, bool, float, list[bool]] = (-1, False, 0.0, [])
     for step in [math.log(BASE) / slots, *np.divide.outer(slow, np.arange(1, slots)).ravel()]:
-        if step * slots > LARGEST:
-            continue
-        # few digits: a base of 10000 must not come out as 10000.0003
-        theta = float(f"{math.exp(step * slots):.7g}")
-        place = np.round(logs / math.log(theta) * slots)
-        fits = (np.abs(logs - place * math.log(theta) / slots) <= NEAR) & (place < slots) & (place >= 0)
-        best = max(best, (int(fits.sum()), -theta, fits.tolist()))
-    return -best[1], best[2]
+        # few digits where they do: a base of 10000 must not come out as 9999.9993
+        for digits in ("4g", "9g") if step * slots < LARGEST else ():
+            theta = float(f"{math.exp(step * slots):.{digits}}")
+            place = np.round(logs / math.log(theta) * slots)
+            fits = (np.abs(logs - place * math.log(theta) / slots) <= NEAR) & (place < slots) & (place >= 0)
+            best = max(best, (int(fits.sum()), digits == "4g", -theta, fits.tolist()))
+    return -best[2], best[3]
 
 
 def uniform(after: Affine | None) -> float | None:

@@ -6,7 +6,7 @@ the wiring; then the model with its real latents must say the same with its cach
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,12 @@ def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
         raise RuntimeError(f"the model with its latents does not read them as it wrote them: {problem}")
     as_before(made, model)
     return Emitted(made, dict.fromkeys(kept, "latent"), {}, refused)
+
+
+def forecast_latent(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Site name -> (form, what it costs), before anything is run."""
+    why = "stock: its class caches heads" if model.can_generate() else "latent: it generates nothing and caches nothing"
+    return {name: ("latent" if model.can_generate() else "refused", why) for name in names}
 
 
 def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Recipe | str:

@@ -211,8 +211,8 @@ def greedy(model: PreTrainedModel, inputs: Inputs, steps: int) -> Any:
 
 
 def _training(names: list[str], model: PreTrainedModel, inputs: Inputs) -> list[tuple[Tensor, float]]:
-    """Logits in train mode, and gradients of the parameters named."""
-    was = model.training
+    """Logits in train mode, and gradients of the parameters named; running sums are put back, for copies share them."""
+    was, held = model.training, {n: b.clone() for n, b in model.named_buffers()}
     model.train()
     try:
         values = _values(_uncached(model, inputs), inputs)
@@ -222,6 +222,10 @@ def _training(names: list[str], model: PreTrainedModel, inputs: Inputs) -> list[
         gradients: Any = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
     finally:
         model.train(was)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in held and not torch.equal(buffer, held[name]):
+                    buffer.copy_(held[name])
     out = [(v.detach(), LIMIT) for v in values]
     # together: what is zero but for rounding (the gradient of a k bias) has no relative error of its own
     flat = [g.reshape(-1) for g in gradients if g is not None]

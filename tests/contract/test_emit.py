@@ -158,7 +158,7 @@ def test_ways_to_generate(name: str, settings: dict[str, Any]) -> None:
     assert torch.equal(texts[0], texts[1])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj"])
 def test_compiled_step_of_a_static_cache(name: str) -> None:
     from transformers import StaticCache
 
@@ -180,7 +180,7 @@ def compiled(model: PreTrainedModel) -> Any:
     return torch.compile(model, fullgraph=True, backend="eager")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_exported_again(name: str) -> None:
     model, reference, made = halved(name)
     given = {"input_ids": inputs(model)["input_ids"], "attention_mask": inputs(model)["attention_mask"]}

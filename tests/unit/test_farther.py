@@ -17,7 +17,7 @@ from tests.contract import lifted as z
 
 FAR = 1 << 20
 TINY: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60, "num_attention_heads": 4,
+    "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 60, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 
@@ -34,17 +34,16 @@ def longrope(long_factor: list[float]) -> nn.Module:
 
 def test_a_plain_rope_is_proven_at_two_lengths() -> None:
     result = found(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)))
-    assert [s.proof.lengths for s in result.sites] == [(10, FAR)] * 2
+    assert [s.proof.lengths for s in result.sites] == [(10, FAR)]
 
 
 def test_long_rope_is_refused_where_its_two_sets_of_frequencies_differ() -> None:
     result = found(longrope([1.0] * 7 + [1.5]))
     assert not result.sites
-    reasons = {r.refusal.reason for r in result.refused}
-    (reason,) = reasons
+    reason = result.refused[0].refusal.reason
     assert reason.startswith("q changes with the length: read off 10 tokens, its description is off by ")
     assert f"in a text of {FAR}" in reason
-    assert [s.proof.lengths for s in found(longrope([1.0] * 8)).sites] == [(10, FAR)] * 2
+    assert [s.proof.lengths for s in found(longrope([1.0] * 8)).sites] == [(10, FAR)]
 
 
 def test_frequencies_that_python_computes_from_the_length_stop_the_capture() -> None:
