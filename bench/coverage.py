@@ -114,7 +114,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _sentence(error: BaseException) -> str:
-    text = str(error) if isinstance(error, ReattnError) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, (ReattnError, _Late)) else f"{type(error).__name__}: {error}"
     return " / ".join(line.strip() for line in text.splitlines()[:3])[:400]
 
 

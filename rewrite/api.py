@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from passes.sizes import describe
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
 from rewrite.compare import check as compare
+from rewrite.errors import BadUsage
 from rewrite.folder import refuse_output
 from rewrite.opened import Opened, open_model
 from rewrite.program import Program
@@ -51,7 +52,7 @@ def plan(
     `only` and `skip` are globs on site names; `context` is the tokens for which the cache is stated.
     """
     program = capture(model, inputs, dynamic=False)
-    step = _Step(target=next(iter(_sequence(target)), None), inputs=inputs, only=only, skip=tuple(skip))
+    step = _Step(target=_one(target), inputs=inputs, only=only, skip=tuple(skip))
     found = find(program.static)
     planned = step.plan(model, program, found, context)
     return planned.emitted(forecast(program.module, step.pairs(found)), {})
@@ -81,20 +82,20 @@ def convert(
     is measured on; without it the outputs on example inputs are compared. `out` is a new folder, whole or absent.
     Raises where no site can be converted; a failed check is told by the report, and names the folder `out.failed`.
     """
+    asked = _one(target)
+    if asked is None:
+        raise BadUsage("usage", "no target was given", "name one: GQA(kv_heads)")
     if out is not None:
         refuse_output(Path(out), Path(model) if isinstance(model, (str, Path)) else None)
     opened, tell = open_model(model), progress or _silent
     if out is not None:
         refuse_saving(opened.working)
     windows = Windows(length or opened.context, samples)
-    step = _Step(None, inputs, only, tuple(skip), opened, calibration, windows, None if out is None else Path(out))
-    module, done = opened.working, list[_Done]()
-    for each in _sequence(target):
-        done.append(replace(step, target=each).run(module, tell))
-        module = done[-1].model
-    made: Any = opened.as_given(module)
-    checked = _check(opened, made, text, inputs, max_loss, seed, tell, step.lossless(done[0])) if check else None
-    made.rewrite_report = _report(opened, step, _sequence(target), done, checked, seed)
+    step = _Step(asked, inputs, only, tuple(skip), opened, calibration, windows, None if out is None else Path(out))
+    done = step.run(opened.working, tell)
+    made: Any = opened.as_given(done.model)
+    checked = _check(opened, made, text, inputs, max_loss, seed, tell, step.lossless(done)) if check else None
+    made.rewrite_report = _report(opened, step, spell(asked), done, checked, seed)
     if out is not None:
         save(made, opened, made.rewrite_report, Path(out))
     return made
@@ -117,8 +118,18 @@ def check(
     return _check(original, made, text, inputs, max_loss, seed, progress or _silent, None)
 
 
-def _sequence(target: Target | Sequence[Target]) -> tuple[Target, ...]:
-    return tuple(target) if isinstance(target, Sequence) else (target,)
+def _one(target: Target | Sequence[Target]) -> Target | None:
+    """The target asked for. A change of a changed model is a conversion of its own: it has its own calibration,
+    check and form, and most forms can be changed no further."""
+    targets = tuple(target) if isinstance(target, Sequence) else (target,)
+    if len(targets) > 1:
+        words = ", ".join(spell(t) for t in targets)
+        raise BadUsage(
+            "usage",
+            f"one conversion makes one change, {len(targets)} were asked for: {words}",
+            f"give the last alone: {spell(targets[-1])}",
+        )
+    return targets[0] if targets else None
 
 
 def _silent(_name: str, _done: int, _total: int) -> None:
@@ -202,7 +213,7 @@ class _Step:
         """The same sites at the setting that must be exact, through the same emission."""
 
         def make() -> nn.Module:
-            exact = {n: TARGETS[0](c.site.kv_heads) for n, c in done.changes.items()}
+            exact = {n: t.lossless(done.changes[n].site) for n, t in self.targets(done.found).items()}
             same = convert_sites(done.program, done.found, exact, None, _silent)
             return emit(done.program, same, done.plan)[0]
 
@@ -280,22 +291,20 @@ def _check(
     )
 
 
-def _report(
-    opened: Opened, step: _Step, targets: Sequence[Target], done: Sequence[_Done], checked: Checked | None, seed: int
-) -> Report:
-    used = done[0].used
+def _report(opened: Opened, step: _Step, target: str, done: _Done, checked: Checked | None, seed: int) -> Report:
+    used = done.used
     return Report(
         version=1,
         model=opened.label,
         architecture=type(opened.working).__name__,
         fingerprint=opened.fingerprint,
-        target=tuple(spell(t) for t in targets),
+        target=(target,),
         only=step.only,
         skip=step.skip,
         seed=seed,
         calibration=None if used is None else opened.calibration(step.calibration, used),
-        sites=done[-1].plan.measured({n: c.error for n, c in done[-1].changes.items()}),
+        sites=done.plan.measured({n: c.error for n, c in done.changes.items()}),
         checked=checked,
-        notes=tuple(dict.fromkeys(note for d in done for c in d.changes.values() for note in c.rewritten.notes)),
+        notes=tuple(dict.fromkeys(note for c in done.changes.values() for note in c.rewritten.notes)),
         made_by=made_by(),
     )

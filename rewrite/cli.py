@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-_TO = "what to make of the attention: gqa:3, gqa:kv_heads=3,method=mean; repeat it for several"
+_TO = "what to make of the attention: gqa:3, gqa:kv_heads=3,method=mean"
 _FORMATTER = argparse.RawDescriptionHelpFormatter
 
 

@@ -36,3 +36,19 @@ def exact_latents(site: Site) -> Latents:
             query_turn[head, 2 * n, a] = query_turn[head, 2 * n + 1, b] = float(i == kv)
     frequencies = torch.tensor([] if site.k.rope is None else [site.k.rope.frequencies[j] for _, j, _, _ in moving])
     return Latents(down, turn, read, query_turn, up_v, frequencies.double())
+
+
+def exact_rebuilt(site: Site) -> Latents:
+    """The form that expands keys: everything is held as it is."""
+    g, d, e, h = site.k.heads, site.k.dim, site.v.dim, site.heads
+    eye = torch.eye(g * (d + e), dtype=torch.float64)
+    none = torch.zeros(0, dtype=torch.float64)
+    return Latents(
+        down=eye,
+        turn=eye[:0],
+        read=torch.zeros(h, len(eye), d, dtype=torch.float64),
+        query_turn=torch.zeros(h, 0, d, dtype=torch.float64),
+        up_v=eye[g * d :].reshape(g, e, len(eye))[list(site.kv_of)],
+        frequencies=none,
+        up_k=eye[: g * d].reshape(g, d, len(eye)),
+    )

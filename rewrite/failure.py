@@ -17,6 +17,11 @@ REMEDIES = (
         ("_detect_is_causal_mask",),
         "the mask's values are looked at while tracing; pass is_causal=True (or tgt_is_causal=True) beside the mask",
     ),
+    (
+        ("dynamic_frequency_update",),
+        "the rotation gets other frequencies as the text grows, so none can be taken for fixed; "
+        "a rope_type with fixed ones (default, linear, yarn, llama3) would do",
+    ),
     (("NoneType",), "an argument that was left out is needed: give inputs={...} with it, for instance attention_mask"),
     (
         ("data-dependent", "DataDependent", "unbacked", ".item()", "nonzero"),

@@ -3,7 +3,7 @@
 Angles hang on positions alone, and those stand in the graph as 0, 1, 2, ... So nothing is traced again: the last of
 them is read as a far one, and all that is computed from it (angles, the largest position, a choice between two sets
 of frequencies) comes out as in a text of that length, at the cost of the tokens that were traced. What Python itself
-decides by the length while it is traced leaves nothing in the graph, and is not seen.
+decides by the length while it is traced leaves nothing in this graph: the dynamic one stops where such a decision ends.
 """
 
 from __future__ import annotations

@@ -140,12 +140,12 @@ def _misfit(model: PreTrainedModel, config: DeepseekV3Config, changes: Changes) 
         return f"DeepseekV3ForCausalLM cannot be built: {type(error).__name__}: {str(error).splitlines()[0]}"
     gone = {t for site, _ in changes.values() for t in owned(site)}
     ours = {n: s for n, s in shapes_of(model).items() if n not in gone}
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in theirs:
-            return f"{name} has no place in DeepseekV3ForCausalLM"
-        if ours.get(name) != theirs[name]:
+    for name in sorted(ours.keys() - theirs.keys()):
+        return f"{name} has no place in DeepseekV3ForCausalLM"
+    for name, shape in theirs.items():
+        if ours.get(name) != shape:
             have = f"is {list(ours[name])}" if name in ours else "is missing"
-            return f"{name} {have}; DeepseekV3ForCausalLM wants {list(theirs[name])}"
+            return f"{name} {have}; DeepseekV3ForCausalLM wants {list(shape)}"
     return None
 
 

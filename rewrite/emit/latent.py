@@ -7,6 +7,7 @@ the wiring; then the model with its real latents must say the same with its cach
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from rewrite.emit.files import dress
 from rewrite.emit.observe import Log, Table, observe, owner
 from rewrite.emit.twin import as_before, in_float, put, table, twin
 from rewrite.emit.validate import differs, inconsistent, latents_held
-from rewrite.exact import exact_latents
+from rewrite.exact import exact_latents, exact_rebuilt
 from rewrite.heads import Latents, Rewritten
 from rewrite.site import FloatArray, Rope, Site
 
@@ -36,14 +37,14 @@ def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
     source, inputs = in_float(model), padded(inputs)
     logs = observe(source, [site for site, _ in changes.values()], inputs)
     refused: dict[str, str] = {}
-    sites: dict[str, Site] = {}
-    for name, (site, _) in changes.items():
-        made = recipe(source, site, exact_latents(site), logs[owner(site)])
+    sites: set[str] = set()
+    for name, (site, new) in changes.items():
+        made = recipe(source, site, _exact(site, new), logs[owner(site)])
         if isinstance(made, str):
             refused[name] = f"latent: {made}"
         else:
-            sites[name] = site
-    refused |= _unproven(source, sites, logs, inputs)
+            sites.add(name)
+    refused |= _unproven(source, {n: c for n, c in changes.items() if n in sites}, logs, inputs)
     kept = {n: c for n, c in changes.items() if n not in refused}
     if not kept:
         return Emitted(model, {}, {n: (r,) for n, r in refused.items()}, refused)
@@ -66,33 +67,59 @@ def forecast_latent(model: PreTrainedModel, names: Iterable[str]) -> dict[str, t
 
 def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Recipe | str:
     """What the runtime needs to know of one site, or why it cannot be had."""
-    reason = _unwritten(model.get_submodule(owner(site)), log)
+    reason = _unwritten(log)
     if reason is not None:
         return reason
     keep = _keep(site, log)
     if isinstance(keep, str):
         return keep
+    shown = _shown(model.get_submodule(owner(site)), site, latents, log)
+    if isinstance(shown, str):
+        return shown
     rope: Recipe | None = None
     if site.k.rope is not None:
-        found = _columns(site.k.rope, log.tables, latents.frequencies.numpy())
+        wanted = site.k.rope.frequencies if latents.up_k is not None else latents.frequencies.numpy()
+        found = _columns(site.k.rope, log.tables, wanted)
         if isinstance(found, str):
             return found
         rope = found
+        if latents.up_k is not None:
+            rope |= {"pairs": site.k.rope.pairs.T.tolist(), "turns": site.k.rope.frequencies.tolist()}
     sizes = {"rank": latents.rank, "rope_dim": latents.rope_dim, "heads": site.heads}
     sizes |= {"dim": site.k.dim, "value_dim": site.v.dim}
-    return {"site": site.name, "form": "latent", "module": owner(site), "sizes": sizes, "keep": keep, "rope": rope}
+    if latents.up_k is not None and site.kv_of != tuple(i // (site.heads // site.k.heads) for i in range(site.heads)):
+        return f"its {site.heads} query heads do not read its {site.k.heads} kv heads in order"
+    place = {
+        "site": site.name,
+        "form": "latent",
+        "module": owner(site),
+        "rebuilt": latents.up_k is not None,
+        "shown": shown,
+    }
+    return place | {"sizes": sizes, "keep": keep, "rope": rope}
 
 
-def _unwritten(module: nn.Module, log: Log) -> str | None:
+def _unwritten(log: Log) -> str | None:
     if not log.called:
         return "not called by the example"
     if not log.writes:
         return "it writes no cache, so there is nothing to make smaller"
     if len(log.slots) > 1:
         return f"writes cache layers {' and '.join(str(layer) for _, layer in sorted(log.slots))}"
-    if not log.kernels:
-        return f"{type(module).__name__} computes its attention itself and asks for no kernel that could read a latent"
     return None
+
+
+def _shown(module: nn.Module, site: Site, latents: Latents, log: Log) -> Recipe | str | None:
+    """How a module that asks for no kernel is shown expanded heads: memory is saved, time is not. None for others."""
+    if log.kernels:
+        return None
+    kind = type(module).__name__
+    if site.k.rope is not None or latents.up_k is not None:
+        return f"{kind} computes its attention itself and asks for no kernel that could read a latent under a rope"
+    readers = [site.kv_of.index(i) for i in range(site.k.heads)]
+    if {t.shape[1] for w in log.writes for t in (w.k, w.v)} == {site.heads}:
+        readers = list(range(site.heads))
+    return {"readers": readers, "argument": list(log.argument), "pair": log.pair}
 
 
 def _keep(site: Site, log: Log) -> list[int] | str:
@@ -122,10 +149,10 @@ def _columns(rope: Rope, tables: list[Table], wanted: FloatArray) -> Recipe | st
 
 
 def _unproven(
-    source: PreTrainedModel, sites: Mapping[str, Site], logs: Mapping[str, Log], inputs: Mapping[str, Any]
+    source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log], inputs: Mapping[str, Any]
 ) -> dict[str, str]:
     """Sites that are not the original's even with latents that lose nothing, with the sentence."""
-    exact = {n: (s, Rewritten(s, _none(), tuple(range(s.heads)), latents=exact_latents(s))) for n, s in sites.items()}
+    exact = {n: (site, replace(new, latents=_exact(site, new))) for n, (site, new) in changes.items()}
     if not exact or differs(source, _built(source, exact, logs), inputs) is None:
         return {}
     kinds: dict[str, dict[str, Any]] = {}
@@ -138,9 +165,9 @@ def _unproven(
     return out or dict.fromkeys(exact, "latent: passes alone, but not beside the others")
 
 
-def _none() -> Any:
-    """In place of weights that nobody reads."""
-    return None
+def _exact(site: Site, new: Rewritten) -> Latents:
+    """Latents of the same kind that lose nothing."""
+    return exact_rebuilt(site) if _of(new).up_k is not None else exact_latents(site)
 
 
 def _built(source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log]) -> PreTrainedModel:
@@ -190,7 +217,10 @@ def module_tensors(site: Site, latents: Latents) -> dict[str, Tensor]:
     factor = 1.0 if site.k.after is None else float(site.k.after.constant.reshape(-1)[0])
     down = torch.cat([latents.down, latents.turn])
     down[:, : site.k.heads * site.k.dim] /= factor
-    out = {"down": down, "read": latents.read * factor, "up_v": latents.up_v}
+    out = {"down": down, "up_v": latents.up_v}
+    if latents.up_k is not None:
+        return {name: value.float() for name, value in (out | {"up_k": latents.up_k * factor}).items()}
+    out["read"] = latents.read * factor
     if latents.rope_dim:
         out["query_turn"] = latents.query_turn * factor
     return {name: value.float() for name, value in out.items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, EncoderDecoderCache, PreTrainedModel
 
 from rewrite.emit.runtime import CacheView, EncoderDecoderView
-from rewrite.emit.runtime.latent import kernel_of
+from rewrite.emit.runtime.latent_entry import kernel_of
 from rewrite.emit.validate import greedy
 from rewrite.site import Site
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import transformers
 from torch import Tensor, nn
 
 from passes.find import Found, find
+from passes.find.farther import confirm
+from passes.find.roots import NotLifted
+from passes.find.validate import validate
 from rewrite import plan
 from rewrite.capture import capture
 from rewrite.errors import ReattnError
@@ -53,6 +57,19 @@ def test_frequencies_that_python_computes_from_the_length_stop_the_capture() -> 
         plan(model)
     assert caught.value.what == "torch.export stopped in model.rotary_emb"
     assert any("if seq_len > max_seq_len_cached" in line for line in caught.value.lines)
+    assert "rope_type with fixed ones" in caught.value.lines[-1]
+
+
+def test_a_frequency_a_little_off_passes_in_few_tokens_and_is_caught_far_out() -> None:
+    told = z.described(z.rotated)
+    rope = told.site.q.rope
+    assert rope is not None
+    wrong = replace(told.site.q, rope=replace(rope, frequencies=rope.frequencies * (1 + 3e-7)))
+    with torch.no_grad():
+        assert confirm(told.setting, told.site).proof.lengths == (10, FAR)
+        validate(told.setting, replace(told.site, q=wrong), told.law, told.factor)
+        with pytest.raises(NotLifted, match="q changes with the length"):
+            confirm(told.setting, replace(told.site, q=wrong))
 
 
 def turned_by(at: Tensor, base: Tensor | float, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rewrite.emit.runtime.heads import Part, install_heads
-from rewrite.emit.runtime.latent import install_latent
+from rewrite.emit.runtime.latent_entry import install_latent
 
 
 def install(model: nn.Module, recipe: dict[str, Any], prefix: str = "") -> None:

@@ -9,18 +9,12 @@ that does not turn; the channels that keep a rope are turned here, with the tabl
 
 from __future__ import annotations
 
-import copy
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, EncoderDecoderCache
 
-from rewrite.emit.runtime.heads import Part
-from rewrite.emit.runtime.views import CacheView, EncoderDecoderView, LayerView, pick
-
-KERNEL = "reattn_latent"
+from rewrite.emit.runtime.views import pick
 
 
 class Call:
@@ -30,6 +24,22 @@ class Call:
         self.cos: Tensor | None = None
         self.sin: Tensor | None = None
         self.cached = False
+        self.filled: Any = None
+
+    def last(self, held: Tensor, q: Tensor) -> Any:
+        """Where the last query stands among the held tokens: at their end, or before places not yet filled."""
+        return held.shape[2] - 1 if self.filled is None else self.filled - 1
+
+
+class Shown:
+    """A module as its attention kernel sees it, with another number of query heads to a kv head."""
+
+    def __init__(self, module: nn.Module, groups: int) -> None:
+        self.module = module
+        self.num_key_value_groups = groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 class Latent(nn.Module):
@@ -89,146 +99,91 @@ class Latent(nn.Module):
             return still
         return torch.cat((still, self.turned(torch.einsum("bhtd,hpd->bhtp", q, self.query_turn))), -1)
 
-
-class LatentLayer(LayerView):
-    """One layer of a cache, as a module reads it that looks into layers."""
-
-    def __init__(self, inner: Any, rank: int) -> None:
-        self.inner = inner
-        self.rank = rank
-
-    @property
-    def keys(self) -> Tensor | None:
-        """What is held."""
-        return self.inner.keys if self.inner.is_initialized else None
-
-    @property
-    def values(self) -> Tensor | None:
-        """The part that values are read from."""
-        return self.inner.keys[..., : self.rank] if self.inner.is_initialized else None
+    def decoded(self, module: Any, kernel: Any, q: Tensor, held: Tensor, mask: Tensor | None, kwargs: Any) -> Any:
+        """One query: (result, weights) of the kernel with nothing expanded; heads stand as rows over one wide head,
+        but for a kernel that has a number of its own for each head (sinks)."""
+        q, values = self.absorbed(q), held[..., : self.rank]
+        if getattr(module, "sinks", None) is not None:
+            out, weights = kernel(Shown(module, self.heads), q, held, values, mask, **kwargs)
+            return torch.einsum("bthr,hdr->bthd", out, self.up_v), weights
+        kwargs["is_causal"] = False
+        if mask is not None:
+            mask = mask.expand(-1, self.heads, -1, -1).transpose(1, 2)
+        out, weights = kernel(Shown(module, 1), q.transpose(1, 2), held, values, mask, **kwargs)
+        out = torch.einsum("bhtr,hdr->bthd", out, self.up_v)
+        return out, None if weights is None else weights.transpose(1, 2)
 
 
-class LatentView(CacheView):
-    """A cache as a module with a latent sees it: everything stands in `keys`, `values` are of width 0."""
-
-    def __init__(self, inner: Cache, latent: Latent) -> None:
-        self.inner = inner
-        self.latent = latent
-
-    @property
-    def layers(self) -> list[LayerView]:
-        """The layers, each as a view."""
-        return [LatentLayer(layer, self.latent.rank) for layer in self.inner.layers]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Hold the latent, give back all that is held and the part of it that values are read from."""
-        new = self.latent.held(key_states, value_states)
-        held, _ = self.inner.update(new, new[..., :0], layer_idx, *args, **kwargs)
-        return held, held[..., : self.latent.rank]
+CHUNK = 1024
+"""Tokens whose keys are rebuilt at a time while one query is decoded."""
 
 
-class LatentPair(EncoderDecoderView):
-    """The same for the pair of caches of a decoder with cross attention; the flags are the pair's own."""
+class Rebuilt(Latent):
+    """The latent alone is held; keys are expanded from it and turned at every step. `pairs` (2, n): the dims of a
+    head that turn together, `turns` (n,) by how much a token, `kv_of` the kv head of every query head."""
 
-    def __init__(self, inner: EncoderDecoderCache, latent: Latent) -> None:
-        self.self_attention_cache = LatentView(inner.self_attention_cache, latent)
-        self.cross_attention_cache = LatentView(inner.cross_attention_cache, latent)
-        self.is_updated = inner.is_updated
+    def __init__(self, sizes: dict[str, int], keep: list[int], like: Tensor, rope: dict[str, Any] | None) -> None:
+        super().__init__({**sizes, "rope_dim": 0}, keep, like)
+        del self.read
+        shape = (len(keep), sizes["dim"], self.rank)
+        self.up_k = nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))
+        self.pairs = None if rope is None else rope["pairs"]
+        self.turns = None if rope is None else rope["turns"]
 
+    def queries(self, q: Tensor) -> Tensor:
+        """q (batch, h, tokens, d) turned by the call's rope."""
+        cos, sin = self.call.cos, self.call.sin
+        return q if cos is None or sin is None else self._turn(q, cos[:, None].to(q.dtype), sin[:, None].to(q.dtype))
 
-class Enter:
-    """Forward pre-hook of an attention module: its caches become views, its rope table one that does not turn.
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = self.pairs or ([], [])
+        a, b = x[..., first], x[..., second]
+        out = x.clone()
+        out[..., first] = a * cos - b * sin
+        out[..., second] = b * cos + a * sin
+        return out
 
-    `rope` is the table's name, its place, which columns turn the cached channels, and the factor that cos and sin
-    carry; None where the module has none."""
+    def keys(self, c: Tensor, start: int, last: Any) -> Tensor:
+        """(batch, h, tokens, d): keys of some held tokens, the first of which stands at `start` among all that are
+        held; the call's last query stands at `last`. Tokens are taken to follow one another without gaps."""
+        k = torch.einsum("bsr,gdr->bgsd", c, self.up_k)
+        cos, sin = self.call.cos, self.call.sin
+        if cos is not None and sin is not None:
+            away = torch.arange(start, start + c.shape[1], device=c.device) - last
+            turns = torch.tensor(self.turns, dtype=torch.float32, device=c.device)
+            angle = away[:, None].float() * turns
+            near, far = (cos[:, -1:], sin[:, -1:]), (angle.cos(), angle.sin())
+            cos, sin = near[0] * far[0] - near[1] * far[1], near[1] * far[0] + near[0] * far[1]
+            k = self._turn(k, cos[:, None].to(k.dtype), sin[:, None].to(k.dtype))
+        groups = self.heads // k.shape[1]
+        return k.repeat_interleave(groups, 1) if groups > 1 else k
 
-    def __init__(self, rope: dict[str, Any] | None) -> None:
-        self.rope = rope
+    def expanded(self, q: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, k, v) head by head, all turned."""
+        c = held[:, 0]
+        k = self.keys(c, 0, self.call.last(held, q))
+        return self.queries(q), k, torch.einsum("bsr,hdr->bhsd", c, self.up_v)
 
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Change the call as the class says."""
-        latent: Latent = module.reattn
-        latent.call.cached = False
-        args = tuple(self._seen(a, latent) for a in args)
-        kwargs = {n: self._seen(v, latent) for n, v in kwargs.items()}
-        if self.rope is None:
-            return args, kwargs
-        name, place = self.rope["name"], self.rope["place"]
-        if name in kwargs:
-            return args, {**kwargs, name: self._still(kwargs[name], latent)}
-        return (*args[:place], self._still(args[place], latent), *args[place + 1 :]), kwargs
-
-    def _seen(self, value: Any, latent: Latent) -> Any:
-        if not isinstance(value, Cache):
-            return value
-        latent.call.cached = True
-        return LatentPair(value, latent) if isinstance(value, EncoderDecoderCache) else LatentView(value, latent)
-
-    def _still(self, table: tuple[Tensor, Tensor], latent: Latent) -> tuple[Tensor, Tensor]:
-        if self.rope is None:
-            return table
-        cos, sin = table
-        columns, factor = self.rope["columns"], self.rope["factor"]
-        latent.call.cos, latent.call.sin = cos[..., columns] / factor, sin[..., columns] / factor
-        return torch.full_like(cos, factor), torch.zeros_like(sin)
-
-
-class Shown:
-    """A module as its attention kernel sees it, with another number of query heads to a kv head."""
-
-    def __init__(self, module: nn.Module, groups: int) -> None:
-        self.module = module
-        self.num_key_value_groups = groups
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
+    def decoded(self, module: Any, kernel: Any, q: Tensor, held: Tensor, mask: Tensor | None, kwargs: Any) -> Any:
+        """One query: keys are rebuilt a chunk at a time, so that those of all tokens are never held together."""
+        c, last, turned = held[:, 0], self.call.last(held, q), self.queries(q)
+        parts = [turned @ self.keys(x, i * CHUNK, last).transpose(-1, -2) for i, x in enumerate(c.split(CHUNK, 1))]
+        p = probabilities(module, torch.cat(parts, -1), mask, kwargs)
+        out = torch.einsum("bhtr,hdr->bthd", p @ held[..., : self.rank], self.up_v)
+        return out, p
 
 
-def latent_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Any:
-    """The attention function of such a module: the one that its model was told to use, on what the latent gives."""
-    latent: Latent = module.reattn
-    kernel = kernel_of(module, latent.source)
-    held = key if latent.call.cached else latent.held(key, value)
-    kwargs["scaling"] = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-    tokens = query.shape[2]
-    if isinstance(tokens, torch.SymInt) or tokens != 1:
-        q, k, v = latent.expanded(query, held)
-        return kernel(Shown(module, 1), q, k, v, attention_mask, **kwargs)
-    q, values = latent.absorbed(query), held[..., : latent.rank]
-    if getattr(module, "sinks", None) is not None:
-        out, weights = kernel(Shown(module, latent.heads), q, held, values, attention_mask, **kwargs)
-        return torch.einsum("bthr,hdr->bthd", out, latent.up_v), weights
-    kwargs["is_causal"] = False
-    mask = attention_mask
+def probabilities(module: Any, products: Tensor, mask: Tensor | None, kwargs: Any) -> Tensor:
+    """(batch, h, 1, tokens) as an attention kernel makes them of products of queries and keys."""
+    scores = products * kwargs["scaling"]
+    cap, sinks = kwargs.get("softcap"), getattr(module, "sinks", None)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     if mask is not None:
-        mask = mask.expand(-1, latent.heads, -1, -1).transpose(1, 2)
-    out, weights = kernel(Shown(module, 1), q.transpose(1, 2), held, values, mask, **kwargs)
-    out = torch.einsum("bhtr,hdr->bthd", out, latent.up_v)
-    return out, None if weights is None else weights.transpose(1, 2)
-
-
-def kernel_of(module: nn.Module, config: Any) -> Any:
-    """The attention function that a config names; "eager" is that of the module's own file."""
-    name = config._attn_implementation
-    if name == "eager":
-        return getattr(sys.modules[type(module).__module__], "eager_attention_forward")  # noqa: B009
-    return AttentionInterface()[name]
-
-
-def install_latent(model: Part, recipe: dict[str, Any]) -> None:
-    """One site with a latent."""
-    module: Any = model.get_submodule(recipe["module"])
-    like = next(p for p in module.parameters() if p.is_floating_point())
-    module.reattn = Latent(recipe["sizes"], recipe["keep"], like)
-    module.reattn.source = module.config
-    module.config = copy.copy(module.config)
-    # the module's own copy of the config alone names this kernel, so the model's choice stays the user's
-    module.config._attn_implementation_internal = KERNEL
-    module.register_forward_pre_hook(Enter(recipe["rope"]), with_kwargs=True)
-
-
-AttentionInterface.register(KERNEL, latent_attention)
+        mask = mask[..., : scores.shape[-1]]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.reshape(1, -1, 1, 1).expand(len(scores), -1, 1, 1)), -1)
+    p = scores.float().softmax(-1).to(products.dtype)
+    p = p[..., :-1] if sinks is not None else p
+    return nn.functional.dropout(p, kwargs.get("dropout", 0.0), module.training)

@@ -1,0 +1,132 @@
+"""A model converted in its captured graph, and the graph's perplexity: no emission, so any form can be measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from bench.quality import CONTEXT, held_out, perplexity
+from codegen.latent import attention, features
+from passes import Target
+from passes.calibrate import Stream
+from passes.convert import Change, convert_sites, named_tensors
+from passes.find import Found, find
+from passes.moments import SiteBatch
+from passes.region import Machine, Slice, slice_of, twins
+from passes.trial import heads_outputs, uniform
+from rewrite.calibration import Batch, Windows, batches
+from rewrite.capture import capture
+from rewrite.heads import Latents
+from rewrite.layout import expanded
+from rewrite.opened import open_model
+from rewrite.program import Program
+
+ROWS = 16
+"""Windows that run at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model of a folder, captured, with its calibration and the text that it is measured on."""
+
+    name: str
+    program: Program
+    found: Found
+    calibration: Sequence[Batch]
+    rows: Tensor
+    """(windows, CONTEXT) held-out tokens"""
+    base: float
+    """Perplexity as it is"""
+
+    def refusal(self, target: Target) -> str | None:
+        """Why the target does not fit some site."""
+        reasons = (t.refuse(s) for s, t in zip(self.found.sites, self._each(target), strict=True))
+        return next((r for r in reasons if r is not None), None)
+
+    def convert(self, target: Target, calibrated: bool = True) -> dict[str, Change]:
+        """Every site rewritten; weights only where not `calibrated`."""
+        names = [s.name for s in self.found.sites]
+        targets = dict(zip(names, self._each(target), strict=True))
+        given = self.calibration if calibrated else None
+        return convert_sites(self.program, self.found, targets, given, lambda *_: None)
+
+    def ratio(self, changes: Mapping[str, Change], windows: int | None = None) -> float:
+        """Perplexity of the converted model over the original's; on the first `windows` of the text."""
+        if windows is None:
+            return self.perplexity(changes, self.rows) / self.base
+        some = self.rows[:windows]
+        return self.perplexity(changes, some) / perplexity(self.program.module, some)
+
+    def perplexity(self, changes: Mapping[str, Change], rows: Tensor) -> float:
+        """Every token but the first of a window predicted, in float32."""
+        loss = 0.0
+        for part in rows.split(ROWS):
+            logits = self._logits(changes, part)[:, :-1].flatten(0, 1)
+            loss += float(nn.functional.cross_entropy(logits, part[:, 1:].flatten())) * len(part)
+        return math.exp(loss / len(rows))
+
+    def _each(self, target: Target) -> list[Target]:
+        sites = self.found.sites
+        return [target.for_site(i, len(sites)) for i in range(len(sites))]
+
+    def _logits(self, changes: Mapping[str, Change], ids: Tensor) -> Tensor:
+        running, module = self.program.dynamic or self.program.static, self.program.module
+        machine, tensors = Machine(running, module), named_tensors(module)
+        twin = twins(self.program.static.graph, running.graph)
+        pairs = [p for p in zip(self.found.sites, self.found.regions, strict=True) if p[0].name in changes]
+        slices = sorted((slice_of(machine, s, r, twin) for s, r in pairs), key=lambda p: machine.place[p.out])
+        scores = _scores(machine, ids)
+        end = Slice(self.found.sites[0], (), (scores,), {}, scores, scores)
+        stream = Stream(machine, [{"input_ids": ids}], [*slices, end], tensors)
+        for part in slices:
+            stream.reach(part)
+            made = changes[part.site.name].rewritten
+            edits = expanded(part.site, made.weights, made.site.kv_of, tensors)
+            stream.leave(part, edits, None if made.latents is None else _inner(changes[part.site.name]))
+        stream.reach(end)
+        return stream.envs[0][scores]
+
+
+def source(models: Path, kind: str, samples: int) -> Source:
+    """The shipped model `kind`, with `samples` windows of calibration."""
+    opened = open_model(models / kind)
+    program = capture(opened.working, None)
+    windows = Windows(CONTEXT, samples)
+    given = batches(models / "calibration.txt", {"input_ids": 0}, windows, opened.tokenizer)
+    rows = held_out(models / kind, models / "held_out.txt")
+    return Source(kind, program, find(program.static), given, rows, perplexity(opened.working, rows))
+
+
+def _inner(change: Change) -> Callable[[SiteBatch], Tensor]:
+    latents, site = change.rewritten.latents, change.site
+    if latents is None:
+        raise ValueError(f"{site.name} has no latent")
+    if site.mods or site.mask.origin != "constant":
+        return lambda batch: heads_outputs(latents, batch)
+    return lambda batch: _direct(latents, batch)
+
+
+def _direct(latents: Latents, batch: SiteBatch) -> Tensor:
+    """(tokens, h, dv) in float32, where the mask hangs on positions alone."""
+    site, t = batch.site, batch.q.shape[2]
+    seen = torch.from_numpy(site.mask.table(t, t))
+    q = batch.q.float() * uniform(site.q.after) * uniform(site.k.after)
+    y = features(batch.k.float(), batch.v.float())
+    return (
+        attention(latents, site, q, y, added=torch.zeros(t, t).masked_fill(~seen, -torch.inf))
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
+
+
+def _scores(machine: Machine, ids: Tensor) -> Node:
+    """The output that scores the next token: (b, t, vocabulary)."""
+    out = next(n for n in machine.nodes if n.op == "output")
+    values = [(n, n.meta.get("val")) for n in out.all_input_nodes]
+    return next(n for n, v in values if isinstance(v, Tensor) and v.dim() == ids.dim() + 1)

@@ -1,0 +1,276 @@
+"""Damped Gauss-Newton on the true error of the attention's output: the last word on a latent's maps.
+
+The unknowns are all maps of the latent; the output projection is solved in closed form for each of them. Steps are
+Levenberg-Marquardt: conjugate gradients on the linearised attention, kept only where the error falls; the result is
+kept only where it falls on tokens that did not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from codegen.eager import rotated
+from codegen.latent import rotation
+from passes.mla_scene import REAL, Scene
+from passes.polish_scene import capped
+from passes.refit import RIDGES, Sums, solved
+from rewrite.heads import Latents, Weights
+
+INNER = 8
+"""Conjugate gradients a step; each costs about three forward passes of the attention."""
+DAMPING = 1e-2
+NEGLIGIBLE = 1e-5
+"""Relative error of the output that no step is worth taking against."""
+ENOUGH = 4
+"""So many equations per unknown are needed: outputs times tokens that fit."""
+SETTLED = 0.02
+"""A step that changes the error by less than this part is the last."""
+RIDGE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """The unknowns on whitened y and q: down (r, features), turn (p, features), read (h, r, d), query_turn (h, p, d)
+    and up_v (h, dv, r)."""
+
+    parts: tuple[Tensor, ...]
+
+    def plus(self, step: Maps, size: float = 1.0) -> Maps:
+        """This and `size` times a step."""
+        return Maps(tuple(a + size * b for a, b in zip(self.parts, step.parts, strict=True)))
+
+    def dot(self, other: Maps) -> float:
+        """Inner product."""
+        return sum(float((a.double() * b.double()).sum()) for a, b in zip(self.parts, other.parts, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """Roots L of the second moments of y and, per head, of q: ỹ = L⁻¹ y and M̃ = M L."""
+
+    y: Tensor
+    q: Tensor
+
+    def enter(self, latents: Latents) -> Maps:
+        """The maps on whitened rows."""
+        return Maps(
+            tuple(
+                m.to(REAL)
+                for m in (
+                    latents.down @ self.y,
+                    latents.turn @ self.y,
+                    latents.read @ self.q,
+                    latents.query_turn @ self.q,
+                    latents.up_v,
+                )
+            )
+        )
+
+    def leave(self, maps: Maps, like: Latents) -> Latents:
+        """The maps on plain rows."""
+        down, turn, read, query_turn, up_v = (m.double() for m in maps.parts)
+        y, q = (torch.linalg.inv(root) for root in (self.y, self.q))
+        return replace(like, down=down @ y, turn=turn @ y, read=read @ q, query_turn=query_turn @ q, up_v=up_v)
+
+
+def whitened(stage: Sequence[Scene]) -> tuple[Whitening, list[Scene]]:
+    """The roots, and the scenes with y and q whitened."""
+    y = sum((torch.einsum("bsx,bsy->xy", s.y, s.y).double() for s in stage), torch.zeros(()).double())
+    q = sum((torch.einsum("bhti,bhtj->hij", s.q, s.q).double() for s in stage), torch.zeros(()).double())
+    tokens = sum(s.y.shape[0] * s.y.shape[1] for s in stage)
+    queries = sum(s.q.shape[0] * s.q.shape[2] for s in stage)
+    white = Whitening(_root(y[None] / tokens)[0], _root(q / queries))
+    y_back, q_back = (torch.linalg.inv(root).mT.to(REAL) for root in (white.y, white.q))
+    return white, [replace(s, y=s.y @ y_back, q=s.q @ q_back) for s in stage]
+
+
+def _root(gram: Tensor) -> Tensor:
+    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
+    return torch.linalg.cholesky((gram + gram.mT) / 2 + RIDGE * size[:, None, None] * eye)
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """Maps with their output projection (outputs, h*dv [+ 1]) and the relative errors."""
+
+    maps: Maps
+    out: Tensor
+    fits: float
+    judges: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Linear:
+    """One scene's attention at a point."""
+
+    scene: Scene
+    c: Tensor
+    r: Tensor
+    m: Tensor
+    v: Tensor
+    p: Tensor
+    steep: Tensor
+    z: Tensor
+
+
+def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: int) -> tuple[Latents, Weights]:
+    """The latent and the output projection with less error on unseen tokens, or as they were."""
+    white, stage = whitened(stage)
+    problem = _Problem(stage, latents, weights.out_bias is not None)
+    maps, out = white.enter(latents), _flat(weights)
+    start = problem.at(maps, out)
+    if start.judges < NEGLIGIBLE or problem.equations < ENOUGH * sum(m.numel() for m in maps.parts):
+        return latents, weights
+    now = problem.solve(maps, out)
+    damping = DAMPING
+    for _ in range(steps):
+        trial = problem.solve(now.maps.plus(problem.step(now, damping)), out)
+        gain, worse = 1 - trial.judges / max(now.judges, 1e-300), damping * 16
+        now, damping = (trial, damping / 4) if gain > 0 else (now, worse)
+        if abs(gain) < SETTLED:
+            break
+    if not now.judges < start.judges:
+        return latents, weights
+    o, h, dv = weights.out.shape
+    bias = now.out[:, -1] if weights.out_bias is not None else None
+    made = replace(weights, out=now.out[:, : h * dv].reshape(o, h, dv), out_bias=bias)
+    return white.leave(now.maps, latents), made
+
+
+def _flat(weights: Weights) -> Tensor:
+    out = weights.out.flatten(1)
+    return out if weights.out_bias is None else torch.cat([out, weights.out_bias[:, None]], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    stage: Sequence[Scene]
+    like: Latents
+    biased: bool
+
+    @property
+    def equations(self) -> float:
+        """Outputs of all tokens that fit."""
+        return sum(float(s.fits.sum()) * s.out.shape[-1] for s in self.stage)
+
+    def at(self, maps: Maps, out: Tensor) -> _Point:
+        """The errors of some maps with an output projection."""
+        fit, judge = self._sums(maps)
+        return _Point(maps, out, fit.error(out), (judge if judge.yy > 0 else fit).error(out))
+
+    def solve(self, maps: Maps, out: Tensor) -> _Point:
+        """The best output projection for some maps, and its errors; unseen tokens choose the ridge, or none."""
+        fit, judge = self._sums(maps)
+        judge = judge if judge.yy > 0 else fit
+        best = min([out, *(solved(out, fit, ridge) for ridge in RIDGES)], key=judge.error)
+        return _Point(maps, best, fit.error(best), judge.error(best))
+
+    def _sums(self, maps: Maps) -> tuple[Sums, Sums]:
+        sums: list[Sums] = []
+        for scene in self.stage:
+            z = _rows(self.run(scene, maps).z, self.biased)
+            terms = [_sums(z, scene.out, keep) for keep in (scene.fits, scene.judges)]
+            sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
+        return sums[0], sums[1]
+
+    def step(self, at: _Point, damping: float) -> Maps:
+        """(JᵀJ + λ)δ = -Jᵀr by conjugate gradients; λ relative to the curvature along the gradient."""
+        lines = [self.run(scene, at.maps) for scene in self.stage]
+        h = at.maps.parts[2].shape[0]
+        out = at.out[:, : at.out.shape[1] - self.biased].unflatten(1, (h, -1)).to(REAL)
+        x, r = at.maps.plus(at.maps, -1.0), self._downhill(lines, at, out)
+        p, size = r, r.dot(r)
+        damp: float | None = None
+        for _ in range(INNER):
+            if size <= 0:
+                break
+            bent = self._curve(lines, at.maps, p, out)
+            damp = damping * p.dot(bent) / p.dot(p) if damp is None else damp
+            bent = bent.plus(p, damp)
+            length = size / p.dot(bent)
+            x, r = x.plus(p, length), r.plus(bent, -length)
+            old, size = size, r.dot(r)
+            p = r.plus(p, size / old)
+        return x
+
+    def _downhill(self, lines: Sequence[_Linear], at: _Point, out: Tensor) -> Maps:
+        total = at.maps.plus(at.maps, -1.0)
+        for line in lines:
+            made = (_rows(line.z, self.biased) @ at.out.T).reshape(line.scene.out.shape)
+            wrong = (line.scene.out - made) * line.scene.fits[..., None]
+            total = total.plus(self.pull(line, at.maps, torch.einsum("bto,ohv->bhtv", wrong.to(REAL), out)))
+        return total
+
+    def _curve(self, lines: Sequence[_Linear], maps: Maps, step: Maps, out: Tensor) -> Maps:
+        total = maps.plus(maps, -1.0)
+        for line in lines:
+            change = torch.einsum("bhtv,ohv->bto", self.push(line, maps, step), out) * line.scene.fits[..., None]
+            total = total.plus(self.pull(line, maps, torch.einsum("bto,ohv->bhtv", change.to(REAL), out)))
+        return total
+
+    def run(self, scene: Scene, maps: Maps) -> _Linear:
+        """The attention with some maps."""
+        down, turn, read, query_turn, up_v = maps.parts
+        c = scene.y @ down.T
+        r = self._turned(scene.y @ turn.T, scene.keys_at)
+        m = self._turned(torch.einsum("bhti,hpi->bhtp", scene.q, query_turn), scene.at)
+        k, v = torch.einsum("bsr,hrd->bhsd", c, read), torch.einsum("bsr,hvr->bhsv", c, up_v)
+        product = scene.q @ k.mT + m @ r[:, None].mT
+        score, slope = capped(scene.site, product * scene.scale)
+        logits = score + scene.added
+        if scene.sink is not None:
+            p = torch.cat([logits, scene.sink], -1).softmax(-1)[..., :-1]
+        else:
+            p = torch.nan_to_num(logits.softmax(-1))
+        return _Linear(scene, c, r, m, v, p, p * (slope * scene.scale), p @ v)
+
+    def push(self, line: _Linear, maps: Maps, step: Maps) -> Tensor:
+        """Change of the heads' outputs, (b, h, t, dv)."""
+        scene = line.scene
+        down, turn, read, query_turn, up_v = step.parts
+        dc, dr = scene.y @ down.T, self._turned(scene.y @ turn.T, scene.keys_at)
+        dm = self._turned(torch.einsum("bhti,hpi->bhtp", scene.q, query_turn), scene.at)
+        dk = torch.einsum("bsr,hrd->bhsd", dc, maps.parts[2]) + torch.einsum("bsr,hrd->bhsd", line.c, read)
+        dv = torch.einsum("bsr,hvr->bhsv", dc, maps.parts[4]) + torch.einsum("bsr,hvr->bhsv", line.c, up_v)
+        change = (scene.q @ dk.mT + line.m @ dr[:, None].mT + dm @ line.r[:, None].mT) * line.steep
+        # Σ p·change is what the normaliser takes back; (p·change) v - z Σ p·change saves one pass over all scores
+        return change @ line.v - line.z * change.sum(-1, keepdim=True) + line.p @ dv
+
+    def pull(self, line: _Linear, maps: Maps, gz: Tensor) -> Maps:
+        """Transpose of `push`: slopes (b, h, t, dv) of the heads' outputs to slopes of the maps."""
+        scene = line.scene
+        gs = (gz @ line.v.mT - (gz * line.z).sum(-1, keepdim=True)) * line.steep
+        gk, gv = gs.mT @ scene.q, line.p.mT @ gz
+        gr = self._turned((gs.mT @ line.m).sum(1), scene.keys_at, back=True)
+        gm = self._turned(gs @ line.r[:, None], scene.at, back=True)
+        gc = torch.einsum("bhsd,hrd->bsr", gk, maps.parts[2]) + torch.einsum("bhsv,hvr->bsr", gv, maps.parts[4])
+        return Maps(
+            (
+                torch.einsum("bsr,bsx->rx", gc, scene.y),
+                torch.einsum("bsp,bsx->px", gr, scene.y),
+                torch.einsum("bsr,bhsd->hrd", line.c, gk),
+                torch.einsum("bhtp,bhti->hpi", gm, scene.q),
+                torch.einsum("bhsv,bsr->hvr", gv, line.c),
+            )
+        )
+
+    def _turned(self, x: Tensor, at: Tensor, back: bool = False) -> Tensor:
+        """(..., tokens, p) turned; `back` the other way."""
+        return rotated(rotation(-self.like.frequencies if back else self.like.frequencies), x, at)
+
+
+def _rows(z: Tensor, biased: bool) -> Tensor:
+    """(tokens, h*dv [+ 1]) from (b, h, t, dv)."""
+    flat = z.double().transpose(1, 2).flatten(2).flatten(0, 1)
+    return torch.cat([flat, torch.ones_like(flat[:, :1])], 1) if biased else flat
+
+
+def _sums(z: Tensor, y: Tensor, weight: Tensor) -> Sums:
+    keep = weight.reshape(-1) > 0
+    z, y = z[keep], y.flatten(0, 1)[keep]
+    return Sums(z.T @ z, y.T @ z, float(y.square().sum()), len(z))
