@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,7 +40,7 @@ class _Late(BaseException):
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one model. Text in `error`, `frozen` and `lossless_error` says why something is missing."""
+    """What is known of one model. Text in `error` and `lossless_error` says why something is missing."""
 
     family: str
     name: str
@@ -50,7 +50,6 @@ class Row:
     """Query heads over all proven sites."""
     refused: list[str] = field(default_factory=list[str])
     error: str = ""
-    frozen: str = ""
     lossless: float | None = None
     lossless_error: str = ""
     seconds: float = 0.0
@@ -70,7 +69,7 @@ def measure(entry: Entry, limit: int, lossless: bool) -> Row:
         row = replace(row, executed=count_by_execution(model, inputs))
         # a model with a config is captured as a user's would be: with no inputs given
         own = None if hasattr(model, "config") else inputs
-        row, counts = _find(row, model, own, dynamic=not lossless)
+        row, counts = _find(row, model, own)
         if lossless and row.proven:
             row = _lossless(row, model, inputs, own, counts)
     except (Exception, _Late) as error:
@@ -80,17 +79,13 @@ def measure(entry: Entry, limit: int, lossless: bool) -> Row:
     return replace(row, seconds=round(time.perf_counter() - begun, 2))
 
 
-def _find(row: Row, model: nn.Module, inputs: Any, dynamic: bool) -> tuple[Row, tuple[int, ...]]:
+def _find(row: Row, model: nn.Module, inputs: Any) -> tuple[Row, tuple[int, ...]]:
     """The row with what was found, and the kv heads of every site."""
-    program = capture(model, inputs, dynamic=dynamic)
-    found = find(program.static)
+    found = find(capture(model, inputs, dynamic=False).static)
     counts = tuple(site.kv_heads for site in found.sites)
     refused = [f"{r.name}: {r.refusal.reason}" for r in found.refused]
     heads = sum(site.heads for site in found.sites)
-    # a conversion captures the dynamic graph by itself, and says what stands against it
-    frozen = (program.frozen or "") if dynamic else ""
-    filled = replace(row, proven=len(found.sites), heads=heads, refused=refused, frozen=frozen)
-    return filled, counts
+    return replace(row, proven=len(found.sites), heads=heads, refused=refused), counts
 
 
 def _lossless(row: Row, model: nn.Module, inputs: Any, own: Any, counts: tuple[int, ...]) -> Row:
@@ -121,7 +116,8 @@ def _sentence(error: BaseException) -> str:
 def read(path: Path) -> dict[str, Row]:
     """Rows of earlier runs by name; a later row of a name stands for the earlier."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {row["name"]: Row(**row) for row in map(json.loads, lines)}
+    known = {f.name for f in fields(Row)}
+    return {row["name"]: Row(**{k: v for k, v in row.items() if k in known}) for row in map(json.loads, lines)}
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -167,9 +163,7 @@ def _listed(rows: Sequence[Row]) -> list[str]:
             why = "; ".join(f"{reason} ({n})" for reason, n in reasons.items()) or "not anchored as many"
             lines.append(f"| {row.name} | {row.executed} | {row.proven} | {why.replace('|', '/')} |")
     odd = [r for r in rows if r.lossless_error or (r.lossless or 0.0) > LIMIT]
-    lines += ["", "## Not lossless", "", *(f"- {r.name}: {r.lossless_error or f'{r.lossless:.1e}'}" for r in odd)]
-    lines += ["", "## Sizes that are fixed while tracing", ""]
-    return [*lines, *(f"- {r.name}: {r.frozen}" for r in rows if r.frozen)]
+    return [*lines, "", "## Not lossless", "", *(f"- {r.name}: {r.lossless_error or f'{r.lossless:.1e}'}" for r in odd)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -93,13 +93,13 @@ class Source:
         return stream.envs[0][scores]
 
 
-def source(models: Path, kind: str, samples: int) -> Source:
-    """The shipped model `kind`, with `samples` windows of calibration."""
+def source(models: Path, kind: str, samples: int, windows: int | None = None) -> Source:
+    """The shipped model `kind`, with `samples` windows of calibration and `windows` of held-out text, None for all."""
     opened = open_model(models / kind)
     program = capture(opened.working, None)
-    windows = Windows(CONTEXT, samples)
-    given = batches(models / "calibration.txt", {"input_ids": 0}, windows, opened.tokenizer)
-    rows = held_out(models / kind, models / "held_out.txt")
+    cut = Windows(CONTEXT, samples)
+    given = batches(models / "calibration.txt", {"input_ids": 0}, cut, opened.tokenizer)
+    rows = held_out(models / kind, models / "held_out.txt")[:windows]
     return Source(kind, program, find(program.static), given, rows, perplexity(opened.working, rows))
 
 

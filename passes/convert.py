@@ -13,6 +13,7 @@ from passes.calibrate import Batch, Stream, statistics
 from passes.find import Found
 from passes.region import Machine, Slice, slice_of, twins
 from passes.trial import heads_outputs
+from passes.tune import Tuning, tune
 from rewrite.heads import Rewritten, Weights
 from rewrite.layout import expanded, gather
 from rewrite.program import Program
@@ -45,9 +46,10 @@ def convert_sites(
     targets: Mapping[str, Target],
     batches: Sequence[Batch] | None,
     progress: Progress,
+    tuning: Tuning | None = None,
 ) -> dict[str, Change]:
     """Rewrite every site that `targets` names. Without batches from the weights alone; with them layer after layer,
-    each on the activations that the sites converted before it leave behind."""
+    each on the activations that the sites converted before it leave behind. `tuning` needs batches."""
     tensors = named_tensors(program.module)
     picked = [(s, r) for s, r in zip(found.sites, found.regions, strict=True) if s.name in targets]
     changes: dict[str, Change] = {}
@@ -63,7 +65,7 @@ def convert_sites(
     stream = Stream(machine, batches, slices, tensors)
     for done, part in enumerate(slices):
         progress(part.site.name, done, len(slices))
-        changes[part.site.name] = _convert_on(stream, part, targets[part.site.name], tensors)
+        changes[part.site.name] = _convert_on(stream, part, targets[part.site.name], tensors, tuning)
     return {s.name: changes[s.name] for s, _ in picked}
 
 
@@ -71,10 +73,12 @@ def _rewrite(site: Site, target: Target, tensors: Tensors, stats: Stats | None) 
     return target.rewrite(site, gather(site, tensors), stats)
 
 
-def _convert_on(stream: Stream, part: Slice, target: Target, tensors: Tensors) -> Change:
+def _convert_on(stream: Stream, part: Slice, target: Target, tensors: Tensors, tuning: Tuning | None) -> Change:
     stream.reach(part)
     stats = statistics(stream, part, target.needs, tensors)
     rewritten = _rewrite(part.site, target, tensors, stats)
+    if tuning is not None:
+        rewritten = tune(rewritten, part.site, gather(part.site, tensors), stats, tuning)
     latents, kv_of = rewritten.latents, rewritten.site.kv_of
     edits = expanded(part.site, rewritten.weights, kv_of, tensors)
     if latents is None:

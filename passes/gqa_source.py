@@ -6,7 +6,7 @@ From calibration sums where there are any, else from the weights alone (inputs w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from rewrite.site import Norm, Operand, Sink, Site, Softcap
 
 SUPPOSED = 1024
 """Tokens that attention is supposed to reach where nothing was measured."""
+PRIOR = 5
+"""What the weights say of second moments counts as so many tokens per row of the keys: few tokens have directions of
+their own, which a merge would follow. Those of a text are no independent draws, hence more than 1."""
+PRIOR_DISTANCES = 1
+"""The same for distances, whose moments are no matrix to be divided by."""
 FLOOR = 1e-12
 """What is smaller than this part of the layer's largest value counts as nothing (a dead head)."""
 
@@ -82,7 +87,38 @@ def shift_invariant(site: Site) -> bool:
 
 
 def facts(site: Site, weights: Weights, moments: Mapping[str, Tensor] | None) -> Facts:
-    """Moments of the site from calibration sums, or from the weights alone."""
+    """Moments of the site from calibration sums, drawn towards those of the weights where tokens are few; or from
+    the weights alone."""
+    supposed = _facts(site, weights, None)
+    if moments is None:
+        return supposed
+    seen, rows, tokens = _facts(site, weights, moments), site.k.rows.size, float(moments["k_gram"][-1, -1])
+    share, distances = (n * rows / (n * rows + tokens) for n in (PRIOR, PRIOR_DISTANCES))
+    return replace(
+        seen,
+        q=_drawn(seen.q, supposed.q, share),
+        k=_about_the_mean(seen.k, supposed.k, share),
+        v=_about_the_mean(seen.v, supposed.v, share),
+        far=torch.lerp(seen.far, supposed.far, distances),
+        mean_far=torch.lerp(seen.mean_far, supposed.mean_far, distances),
+        even=torch.lerp(seen.even, supposed.even, distances),
+    )
+
+
+def _drawn(seen: Tensor, supposed: Tensor, share: float) -> Tensor:
+    """(..., d, d) between what was seen and what is supposed, made as large in all as what was seen."""
+    size, wanted = (float(x.diagonal(dim1=-2, dim2=-1).sum()) for x in (supposed, seen))
+    return torch.lerp(seen, supposed * (wanted / max(size, 1e-300)), share)
+
+
+def _about_the_mean(seen: Gram, supposed: Gram, share: float) -> Gram:
+    """The covariance so; the mean stays, which few tokens tell well enough."""
+    rows = seen.mean.numel()
+    spread = _drawn(seen.centred.reshape(rows, rows), supposed.centred.reshape(rows, rows), share)
+    return Gram(spread.reshape(seen.second.shape) + torch.einsum("ga,hb->gahb", seen.mean, seen.mean), seen.mean)
+
+
+def _facts(site: Site, weights: Weights, moments: Mapping[str, Tensor] | None) -> Facts:
     if moments is None:
         q, k, v = (_from_weights(h, o) for h, o in ((weights.q, site.q), (weights.k, site.k), (weights.v, site.v)))
         each = torch.arange(site.heads)

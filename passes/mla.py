@@ -1,21 +1,23 @@
 """Multi-head latent attention: one small vector per token in place of the keys and values of all heads.
 
-before: k_i, v_i for every kv head          after: a latent c, and a few channels r that keep the rope; all heads read both
+before: k_i, v_i for every kv head          after: a latent c and a few turned channels r, read by all heads
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from passes.mla_absorb import Absorber, Setting
 from passes.mla_exact import exact
+from passes.mla_influence import influence, mixed
+from passes.mla_polish import polish
 from passes.mla_refuse import refuse_site, refuse_size
-from passes.mla_scene import error, measure, scenes
-from passes.mla_search import ALONE, search, settings
+from passes.mla_scene import Scene, error, measure, scenes
+from passes.mla_search import ALONE, Trials, enough, search, search_factor, settings
 from passes.mla_shape import Shape, budget, lossless, split
 from passes.mla_source import Known, known
 from passes.refit import refit
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from passes import Stats
 
 Form = Literal["absorbed", "rebuilt"]
+POLISH_TOKENS = 8192
+"""Calibration tokens on which maps are polished."""
 TRIAL_TOKENS = 4096
 """Calibration tokens on which settings are measured."""
 
@@ -36,7 +40,8 @@ class MLA:
     calibration splits it) and `keep` (a share of what the output hangs on) says how small; each may be one per site.
 
     `form`: "absorbed" reads the latent as it is, so that decoding runs in it; "rebuilt" expands keys at every step and
-    turns them, which loses less and computes more. `refit` solves the output projection anew on the calibration.
+    turns them, which loses less and computes more. `refit` solves the output projection anew on the calibration;
+    `polish` is the most Gauss-Newton steps on the attention's own output error, 0 for none.
     """
 
     name: ClassVar[str] = "mla"
@@ -48,6 +53,7 @@ class MLA:
     cache: float | tuple[float, ...] | None = None
     form: Form = "absorbed"
     refit: bool = True
+    polish: int = 5
 
     def __post_init__(self) -> None:
         given = [n for n in ("rank", "keep", "cache") if getattr(self, n) is not None]
@@ -131,24 +137,53 @@ class MLA:
     def _lossy(
         self, seen: Known, weights: Weights, stats: Stats | None, shape: Shape
     ) -> tuple[Latents, Weights, list[str]]:
-        absorber = Absorber(seen, torch.ones(seen.site.heads, dtype=torch.float64))
-        dim = shape.rope_dim if self.rank is not None else None
+        site = seen.site
+        seen = replace(seen, centred=seen.centred and not (self._rebuilt and site.k.rope is not None))
+        absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64))
+        if self.keep is not None:
+            shape = enough(absorber, self.keep, self._rebuilt)
+            if shape == lossless(site, self._rebuilt):
+                return (*exact(site, weights, self._rebuilt, seen.second), [])
         if stats is None:
-            latents = absorber.latents(settings(absorber, shape.total, ALONE, dim), shape.total)
-            made = shifted(seen, weights, latents)
-            return latents, made, ["weights only: distances and errors are not measured"]
+            latents = self._alone(absorber, shape)
+            return latents, shifted(seen, weights, latents), ["weights only: distances and errors are not measured"]
         stage = [*scenes(stats, weights, TRIAL_TOKENS)]
-
-        def lost(setting: Setting) -> float:
-            latents = absorber.latents(setting, shape.total)
-            return error(stage, latents, shifted(seen, weights, latents))
-
-        latents = absorber.latents(search(absorber, shape.total, dim, lost), shape.total)
+        felt = influence(stage, seen)
+        seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
+        latents = self._searched(Absorber(seen, felt.value_share), weights, stage, shape)
         made = shifted(seen, weights, latents)
         if not self.refit:
             return latents, made, []
+        if self.polish and not self._rebuilt:
+            polishing = [*scenes(stats, weights, POLISH_TOKENS, every=2)]
+            latents, made = polish(polishing, latents, made, self.polish)
         made, note = refit(made, measure(scenes(stats, weights), latents, made))
-        return latents, made, [f"{seen.site.name}: {note}"] if note else []
+        return latents, made, [f"{site.name}: {note}"] if note and not self.polish else []
+
+    def _alone(self, absorber: Absorber, shape: Shape) -> Latents:
+        if self._rebuilt:
+            return absorber.rebuilt(ALONE, shape.rank)
+        return absorber.latents(settings(absorber, shape.total, ALONE, self._fixed(shape)), shape.total)
+
+    def _searched(self, absorber: Absorber, weights: Weights, stage: Sequence[Scene], shape: Shape) -> Latents:
+        """The latent with the least measured error."""
+
+        def made(setting: Setting) -> Latents:
+            if self._rebuilt:
+                return absorber.rebuilt(setting.factor, shape.rank)
+            return absorber.latents(setting, shape.total)
+
+        def lost(setting: Setting) -> float:
+            latents = made(setting)
+            return error(stage, latents, shifted(absorber.known, weights, latents))
+
+        if self._rebuilt:
+            return made(search_factor(Trials(lost), lambda factor: Setting(factor, False, 0)))
+        return made(search(absorber, shape.total, self._fixed(shape), lost))
+
+    def _fixed(self, shape: Shape) -> int | None:
+        """How many channels turn, where that was asked for."""
+        return shape.rope_dim if self.rank is not None else None
 
 
 def shifted(seen: Known, weights: Weights, latents: Latents) -> Weights:

@@ -88,12 +88,15 @@ class Absorber:
 
     def loss(self, setting: Setting, total: int) -> float:
         """Expected squared error of the output with `total` numbers a token, to first order."""
-        features = self._features(setting)
-        values = torch.linalg.eigvalsh(self._gram(features))
-        rank = total - setting.rope_dim
-        lost = float(values[: max(len(values) - rank, 0)].clamp(min=0).sum())
+        losses = self.losses(setting)
+        return float(losses[min(total - setting.rope_dim, len(losses) - 1)])
+
+    def losses(self, setting: Setting) -> Tensor:
+        """(features + 1,) the same for every rank from 0 on."""
+        values = torch.linalg.eigvalsh(self._gram(self._features(setting))).clamp(min=0)
         channels = self._channels[setting.mean_phase]
-        return lost + setting.factor * float(channels.gain[~channels.best(setting.rope_dim // 2)].sum())
+        rest = setting.factor * channels.gain[~channels.best(setting.rope_dim // 2)].sum()
+        return torch.cat([values.cumsum(0).flip(0), torch.zeros(1, dtype=values.dtype)]) + rest
 
     def latents(self, setting: Setting, total: int) -> Latents:
         """The maps with `total` numbers a token."""
@@ -109,6 +112,21 @@ class Absorber:
         kv = list(site.kv_of)
         read = torch.einsum("hdr,hde->hre", still[kv], self._queries(setting.mean_phase))
         latents = Latents(down, turn, read, query_turn, up_v[kv], frequencies)
+        return balanced(latents, known.second)
+
+    def rebuilt(self, factor: float, rank: int) -> Latents:
+        """The maps of the rebuilt form, whose keys turn after they are read back: no channel is taken out, no constant
+        stands in."""
+        known, site = self.known, self.known.site
+        setting = Setting(factor, False, 0)
+        features = self._features(setting)
+        _, vectors = torch.linalg.eigh(self._gram(features))
+        u = vectors[:, len(vectors) - rank :].flip(1)
+        up_k = features.up_k @ u[: known.keys].reshape(site.k.heads, site.k.dim, rank)
+        up_v = features.up_v @ u[known.keys :].reshape(site.v.heads, site.v.dim, rank)
+        turn, query_turn, frequencies = self._turning(setting)
+        kv = list(site.kv_of)
+        latents = Latents(u.T @ features.rows, turn, up_k[kv].mT, query_turn, up_v[kv], frequencies, up_k)
         return balanced(latents, known.second)
 
     def _features(self, setting: Setting) -> _Features:

@@ -50,7 +50,7 @@ class Maps:
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """Roots L of the second moments of y and, per head, of q: ỹ = L⁻¹ y and M̃ = M L."""
+    """Symmetric roots L of the second moments of y and, per head, of q: ỹ = L⁻¹ y and M̃ = M L."""
 
     y: Tensor
     q: Tensor
@@ -79,19 +79,25 @@ class Whitening:
 
 def whitened(stage: Sequence[Scene]) -> tuple[Whitening, list[Scene]]:
     """The roots, and the scenes with y and q whitened."""
-    y = sum((torch.einsum("bsx,bsy->xy", s.y, s.y).double() for s in stage), torch.zeros(()).double())
-    q = sum((torch.einsum("bhti,bhtj->hij", s.q, s.q).double() for s in stage), torch.zeros(()).double())
+    y = torch.stack([_gram(s.y.flatten(0, 1)) for s in stage]).sum(0)
+    q = torch.stack([_gram(s.q.transpose(0, 1).flatten(1, 2)) for s in stage]).sum(0)
     tokens = sum(s.y.shape[0] * s.y.shape[1] for s in stage)
     queries = sum(s.q.shape[0] * s.q.shape[2] for s in stage)
-    white = Whitening(_root(y[None] / tokens)[0], _root(q / queries))
-    y_back, q_back = (torch.linalg.inv(root).mT.to(REAL) for root in (white.y, white.q))
+    white = Whitening(_root(y / tokens), _root(q / queries))
+    y_back, q_back = (torch.linalg.inv(root).to(REAL) for root in (white.y, white.q))
     return white, [replace(s, y=s.y @ y_back, q=s.q @ q_back) for s in stage]
 
 
+def _gram(rows: Tensor) -> Tensor:
+    rows = rows.double()
+    return rows.mT @ rows
+
+
 def _root(gram: Tensor) -> Tensor:
-    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
-    return torch.linalg.cholesky((gram + gram.mT) / 2 + RIDGE * size[:, None, None] * eye)
+    """The symmetric root; directions that hold nothing are raised, so that there is a way back."""
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    size = values.mean(-1, keepdim=True).clamp(min=1e-30)
+    return (vectors * (values.clamp(min=0) + RIDGE * size).sqrt()[..., None, :]) @ vectors.mT
 
 
 @dataclass(frozen=True, eq=False)

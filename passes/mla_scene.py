@@ -45,33 +45,57 @@ class Scene:
     """(t,) positions of the queries"""
     keep: Tensor
     """(b, t) bool: queries that count"""
+    judges: Tensor
+    """(b, t) bool: those of them that judge and do not fit: every fourth window, of a single one its last quarter"""
+
+    @property
+    def fits(self) -> Tensor:
+        """(b, t) bool: the others."""
+        return self.keep & ~self.judges
+
+    @property
+    def keys_at(self) -> Tensor:
+        """(s,) positions of the keys."""
+        return torch.arange(self.y.shape[1])
+
+    @property
+    def scale(self) -> Tensor:
+        """(h, 1, 1)"""
+        return torch.tensor(self.site.scale, dtype=REAL).expand(self.site.heads)[:, None, None]
 
     def heads(self, latents: Latents) -> Tensor:
         """(b, h, t, dv) the heads' outputs with a latent."""
         return attention(latents, self.site, self.q, self.y, added=self.added, sink=self.sink, q_at=self.at)
 
 
-def scenes(stats: Stats, source: Weights, limit: int | None = None) -> Iterator[Scene]:
-    """The calibration, one scene a batch: all of it, or some windows of every batch, about `limit` tokens in all."""
+def scenes(stats: Stats, source: Weights, limit: int | None = None, every: int = 1) -> Iterator[Scene]:
+    """The calibration, one scene a batch: all of it, or some windows of every batch, about `limit` tokens in all; one
+    query of `every`."""
     share = 1.0 if limit is None else min(1.0, limit / max(stats.tokens, 1))
-    tokens = 0
+    tokens = seen = 0
     for whole in stats.batches():
         batch = windowed(whole)
         take = max(1, round(batch.q.shape[0] * share))
         tokens += take * batch.q.shape[2]
-        yield _scene(batch, take, source)
+        yield _scene(batch, take, source, every, seen)
+        seen += take
         if limit is not None and tokens >= limit:
             return
 
 
-def _scene(batch: SiteBatch, take: int, source: Weights) -> Scene:
+def _scene(batch: SiteBatch, take: int, source: Weights, every: int, before: int) -> Scene:
     seen = trial(replace(batch, u={}, q=batch.q[:take], k=batch.k[:take], v=batch.v[:take], p=lambda: batch.p()[:take]))
     _, heads, t, s = seen.p.shape
-    at = torch.arange(0, t, -(-take * heads * t * s // SCORES))
+    at = torch.arange(0, t, max(every, -(-take * heads * t * s // SCORES)))
     out = torch.einsum("bhtd,ohd->bto", seen.original()[:, :, at], source.out)
     keep = torch.ones(take, t, dtype=torch.bool)
     if batch.keep is not None and batch.keep.shape[1] == t:
         keep = batch.keep[:take]
+    judges = torch.zeros(take, t, dtype=torch.bool)
+    if batch.q.shape[0] == 1:
+        judges[:, t - t // 4 :] = True
+    else:
+        judges[[i for i in range(take) if (before + i) % 4 == 3]] = True
     return Scene(
         batch.site,
         q=seen.q[:, :, at].to(REAL),
@@ -82,6 +106,7 @@ def _scene(batch: SiteBatch, take: int, source: Weights) -> Scene:
         out=out if source.out_bias is None else out + source.out_bias,
         at=at + s - t,
         keep=keep[:, at],
+        judges=(keep & judges)[:, at],
     )
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from passes.mla_absorb import Absorber, Setting
-from passes.mla_shape import turning
+from passes.mla_shape import Shape, lossless, turning
 
 FACTORS = (0.1, 1.0, 10.0)
 """Factors of the keys' errors that are measured first; then those between and beyond, while it helps."""
 ALONE = 0.3
 """The factor where nothing is measured."""
+WIDENINGS = 6
+"""Steps beyond the first factors."""
 GRID = 8
 """Splits whose expected loss is computed."""
 Error = Callable[[Setting], float]
@@ -31,33 +35,62 @@ def grid(absorber: Absorber, total: int) -> Sequence[int]:
     return sorted({round(i * top / GRID / 2) * 2 for i in range(GRID + 1)})
 
 
+def enough(absorber: Absorber, keep: float, rebuilt: bool) -> Shape:
+    """The least shape of which no more than 1 - `keep` of what the output hangs on is lost."""
+    full = lossless(absorber.known.site, rebuilt)
+    shapes: list[Shape] = []
+    nothing: float | None = None
+    for rope_dim in (0,) if rebuilt else grid(absorber, full.total):
+        losses = absorber.losses(Setting(ALONE, not rebuilt, rope_dim))
+        # rebuilt keys turn, so that no constant stands in for a rotation: what is left at full rank is not lost
+        losses = losses - losses[-1] if rebuilt else losses
+        nothing = float(losses[0]) if nothing is None else nothing
+        fits = losses <= (1 - keep) * nothing
+        if bool(fits.any()):
+            shapes.append(Shape(max(int(fits.to(torch.int8).argmax()), 1), rope_dim))
+    least = min(shapes, key=lambda s: s.total, default=full)
+    return least if least.total < full.total else full
+
+
+@dataclass
+class Trials:
+    """Settings and their measured errors."""
+
+    error: Error
+    known: dict[Setting, float] = field(default_factory=dict)
+
+    def best(self, candidates: Iterable[Setting]) -> Setting:
+        """The best so far, these included."""
+        for setting in candidates:
+            if setting not in self.known:
+                self.known[setting] = self.error(setting)
+        return min(self.known, key=lambda s: self.known[s])
+
+
 def search(absorber: Absorber, total: int, rope_dim: int | None, error: Error) -> Setting:
     """Factor, then stand-in, then split, each with the least measured error."""
-    known: dict[Setting, float] = {}
-
-    def best(candidates: Iterable[Setting]) -> Setting:
-        for setting in candidates:
-            if setting not in known:
-                known[setting] = error(setting)
-        return min(known, key=lambda s: known[s])
-
-    def at(factor: float, mean_phase: bool = True) -> Setting:
-        return settings(absorber, total, factor, rope_dim, mean_phase)
-
-    now = best(at(f) for f in FACTORS)
-    while True:
-        here = now.factor
-        now = best(at(here * step) for step in (10**-0.5, 10**0.5))
-        if now.factor == here:
-            break
+    trials = Trials(error)
+    now = search_factor(trials, lambda factor: settings(absorber, total, factor, rope_dim))
     if not turning(absorber.known.site):
         return now
-    now = best([at(now.factor, False)])
-    if rope_dim is None:
-        top = max(grid(absorber, total))
-        step = max(2, top // GRID // 2 * 2)
-        while step >= 2:
-            near = (min(max(now.rope_dim + d, 0), top) for d in (-step, step))
-            now = best([replace(now, rope_dim=d) for d in near])
-            step = step // 4 * 2
+    now = trials.best([settings(absorber, total, now.factor, rope_dim, False)])
+    if rope_dim is not None:
+        return now
+    top = max(grid(absorber, total))
+    step = max(2, top // GRID // 2 * 2)
+    while step >= 2:
+        near = (min(max(now.rope_dim + d, 0), top) for d in (-step, step))
+        now = trials.best([replace(now, rope_dim=d) for d in near])
+        step = step // 4 * 2
+    return now
+
+
+def search_factor(trials: Trials, at: Callable[[float], Setting]) -> Setting:
+    """Wide steps first, then narrower ones around the best, as far as they help."""
+    now = trials.best(at(f) for f in FACTORS)
+    for _ in range(WIDENINGS):
+        here = now.factor
+        now = trials.best(at(here * step) for step in (10**-0.5, 10**0.5))
+        if now.factor == here:
+            break
     return now

@@ -41,7 +41,7 @@ def linear(operand: Operand) -> bool:
 
 
 def constants_are_free(site: Site) -> bool:
-    """A constant in keys that do not turn changes no probability, and one in the values moves into the output's bias."""
+    """A constant in keys that do not turn changes no probability; one in the values moves into the output's bias."""
     biased = isinstance(site.out, Output) and site.out.root.bias is not None
     return shift_invariant(site) and biased and not any(isinstance(m, Sink) for m in site.mods)
 

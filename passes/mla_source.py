@@ -36,12 +36,16 @@ class Known:
     """(h, dv, dv) what an error of the head's value costs at the output: W_oᵀ W_o"""
     score_cost: Tensor
     """(h,) what a squared error of the head's score costs at the output"""
+    mix: Tensor | None
+    """(features, features) what stands for the second moment where it was measured better"""
     centred: bool
     """A constant in y changes nothing that the output's bias cannot give back."""
 
     @property
     def spread(self) -> Tensor:
         """(features, features) the second moment that counts: the covariance where constants are free."""
+        if self.mix is not None:
+            return self.mix
         return self.second - torch.outer(self.mean, self.mean) if self.centred else self.second
 
     @property
@@ -92,6 +96,7 @@ def known(site: Site, weights: Weights, moments: Mapping[str, Tensor] | None, to
         stand_in=stand_in,
         value_cost=value_cost,
         score_cost=floored(torch.einsum("hde,hed->h", value_cost, spread[list(site.kv_of)]) * scale.square()),
+        mix=None,
         centred=shift_invariant(site) and carries_mean(site, weights),
     )
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from bench.peers.base import Basis, Peer, Spread, from_weights, still_basis
 from passes.gqa_source import readers
-from passes.moments import SiteBatch, windowed
+from passes.moments import SiteBatch
 from rewrite.heads import Weights
 from rewrite.site import Site
 
 if TYPE_CHECKING:
     from passes import Stats
 
-SETTINGS = (0, 1, 2, 3, 4, 6, 8, 10, 12)
+SETTINGS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14)
 """Pairs per head that are tried."""
 
 
@@ -79,5 +79,5 @@ def _pairs(site: Site) -> Tensor:
 
 def _norms(batch: SiteBatch, which: str) -> Tensor:
     """(heads, pairs) sum of the pairs' lengths over tokens."""
-    x: Tensor = getattr(windowed(batch), which).double()
+    x: Tensor = getattr(batch, which).double()
     return x[..., _pairs(batch.site)].norm(dim=-1).sum((0, 2))

@@ -168,6 +168,8 @@ def _rows(graph: Graph, scores: Written, p: Side, draw: Draw) -> tuple[Tensor, T
         return p.canon(piece.one(scores.stage.from_rows(mixed), *values))
 
     spelled = spell(shape[0], run)
+    if scores.shape()[2] == 1:
+        raise NotLifted("with one key a softmax gives 1 whatever the scores: give inputs of more tokens", p.node)
     if spelled.mixed.any():
         raise NotLifted("rows of the scores are mixed between the softmax and the product with v", p.node)
     item = spelled.item.reshape(-1, spelled.item.shape[-1]).amax(-1)

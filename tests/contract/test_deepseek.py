@@ -144,6 +144,17 @@ def test_scaled_latents_stay_in_the_range_where_the_norm_is_linear() -> None:
         assert relative(expected, logits(stock(model, scaled).model)) < LIMIT
 
 
+def test_large_latents_do_not_reach_the_norm() -> None:
+    """A layer's input a thousand times larger than usual: what tells 2^-36 from a scale that is merely small."""
+    model, sites = llama(1)
+    with torch.no_grad():
+        for site in sites:
+            model.get_submodule(site.name.replace("self_attn", "input_layernorm")).weight *= 1e3
+            model.get_submodule(f"{site.name}.q_proj").weight *= 1e-6
+            model.get_submodule(f"{site.name}.o_proj").weight *= 1e-3
+    assert relative(logits(model), logits(stock(model, whole(model, sites)).model)) < LIMIT
+
+
 def test_backward_and_idle_channels() -> None:
     """A pair that turns backwards is mirrored; one that no query reaches takes no room."""
     model, sites = llama(2)

@@ -20,8 +20,8 @@ QUICK = {
 BIASED = "the bias is computed from the query or from another activation"
 SUMMED = "the scores are a sum over"
 MISSES: dict[str, tuple[int, str]] = {
-    "stablelm-sdpa": (0, "the gain of q is made of two parameters"),
-    "stablelm-eager": (0, "the gain of q is made of two parameters"),
+    "stablelm-sdpa": (0, "the gain of q is made of several parameters"),
+    "stablelm-eager": (0, "the gain of q is made of several parameters"),
     "jetmoe-sdpa": (0, "q is computed on as many tokens as their values decide"),
     "jetmoe-eager": (0, "q is computed on as many tokens as their values decide"),
     "squeezebert-default-eager": (0, "q's projection is a convolution in 4 groups"),

@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
+from passes.convert import convert_sites
 from passes.find import find
+from passes.mla import MLA
 from rewrite.capture import capture
 from rewrite.emit.deepseek import Stock, deepseek
 from rewrite.emit.reading import for_older_readers
-from rewrite.emit.validate import relative
+from rewrite.emit.validate import cache_bytes, relative
 from tests.contract.by_latent import changed, cut, exact, llama, oracle
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
@@ -239,3 +241,21 @@ def test_the_shipped_model(tmp_path: Path) -> None:
     assert relative(expected, engine(ids)) < 1e-5
     unlike = {n: (replace(s, scale=(1.01 * s.scale[0],)), new) for n, (s, new) in given.items()}
     assert "other logits" in str(deepseek(model, unlike, engines=True))
+
+
+@pytest.mark.parametrize("target", [MLA(rank=96, rope_dim=16), MLA(cache=1.0)], ids=["lossy", "exact"])
+def test_what_the_target_makes_is_a_stock_folder(target: MLA, tmp_path: Path) -> None:
+    """Its channels may share a frequency, which transformers is told by factors."""
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "llama", dtype=torch.float32)
+    program = capture(model, None)
+    found = find(program.static)
+    made = convert_sites(program, found, {s.name: target for s in found.sites}, None, lambda *_: None)
+    given = {name: (change.site, change.rewritten) for name, change in made.items()}
+    folder = written(deepseek(model, given), tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = (torch.arange(40) * 17 % 4096).view(2, 20)
+    with oracle(model, given) as reference:
+        assert relative(logits(reference, ids), logits(read, ids)) < 1e-5
+    held = read.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True).past_key_values
+    numbers = read.config.kv_lora_rank + read.config.qk_rope_head_dim
+    assert cache_bytes(held) == 2 * 21 * 4 * numbers * 4

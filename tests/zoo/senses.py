@@ -87,7 +87,12 @@ EYES: list[tuple[str, str, str, dict[str, Any]]] = [
         "mobilevit",
         "MobileViTConfig",
         "MobileViTModel",
-        {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 16, 24, 32, 40, 64], "image_size": 128},
+        {
+            "hidden_sizes": [32, 48, 64],
+            "neck_hidden_sizes": [8, 16, 16, 24, 32, 40, 64],
+            "image_size": 128,
+            "patch_size": 2,
+        },
     ),
     ("dpt", "DPTConfig", "DPTModel", {}),
     ("resnet", "ResNetConfig", "ResNetModel", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}),

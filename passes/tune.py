@@ -1,0 +1,126 @@
+"""Local tuning: Adam on one site's new projections, against the original attention's output on the calibration.
+
+Nothing outside the site changes and no gradient leaves it, so the memory is that of one layer. A site is tuned on the
+activations that the converted and tuned sites before it leave behind, and keeps what it learns only where windows that
+did not fit agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from passes import Stats
+from passes.mla_scene import Scene, scenes
+from passes.tune_heads import HeadsTuned, RowScene, with_rows
+from passes.tune_latent import LatentTuned
+from rewrite.heads import Rewritten, Weights
+from rewrite.site import Site
+
+RATE = 0.02
+"""Step of Adam relative to the size of a tensor; it falls to nothing along a cosine."""
+TOKENS = 1 << 15
+"""Calibration tokens of a site that are held."""
+WINDOWS = 4
+"""Windows of one step."""
+
+
+class Tuned(Protocol):
+    """A site as something to learn: tensors, and what it gives with them."""
+
+    @property
+    def start(self) -> Mapping[str, Tensor]:
+        """The tensors as the closed form left them, float32."""
+        ...
+
+    def output(self, scene: Scene, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(b, t, outputs) of the attention."""
+        ...
+
+    def done(self, tensors: Mapping[str, Tensor]) -> Rewritten:
+        """The result with these tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How many steps, and the seed of the order in which windows are looked at."""
+
+    steps: int
+    seed: int = 0
+
+
+def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tuning) -> Rewritten:
+    """The rewritten site after `tuning.steps` steps; as it was where unseen windows say so."""
+    stage: list[Scene] = [*scenes(stats, source, TOKENS)]
+    tuned: Tuned = LatentTuned(made)
+    if made.latents is None:
+        if any(o.shift is not None for o in (site.q, site.k, site.v)):
+            return replace(made, notes=(*made.notes, f"{site.name}: not tuned, a constant follows its projections"))
+        stage = [with_rows(scene, batch) for scene, batch in zip(stage, stats.batches(), strict=False)]
+        tuned = HeadsTuned(made, site, source)
+    learnt = _learnt(tuned, stage, tuning)
+    before, after = _judged(tuned, stage, tuned.start), _judged(tuned, stage, learnt)
+    if not after < before:
+        return replace(made, notes=(*made.notes, f"{site.name}: tuning left out, it gave {after:.3g} not {before:.3g}"))
+    return tuned.done(learnt)
+
+
+def _learnt(tuned: Tuned, stage: Sequence[Scene], tuning: Tuning) -> dict[str, Tensor]:
+    """Adam on every tensor as a part of its own size, so that one rate serves all."""
+    base = dict(tuned.start)
+    size = {n: x.square().mean().sqrt().clamp(min=1e-8) for n, x in base.items()}
+    moves = {n: torch.zeros_like(x, requires_grad=True) for n, x in base.items()}
+    adam = torch.optim.Adam(moves.values(), lr=RATE, betas=(0.9, 0.99))
+    energy = sum(float((s.out[s.fits].square()).sum()) for s in stage) / max(1, sum(int(s.fits.sum()) for s in stage))
+    order = _order(stage, tuning)
+    for step, scene in enumerate(order):
+        for group in adam.param_groups:
+            group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / len(order)))
+        now = {n: base[n] + size[n] * moves[n] for n in base}
+        wrong = (tuned.output(scene, now) - scene.out.float())[scene.fits].square().sum(-1).mean() / energy
+        adam.zero_grad()
+        wrong.backward()
+        adam.step()
+    return {n: (base[n] + size[n] * moves[n]).detach() for n in base}
+
+
+def _order(stage: Sequence[Scene], tuning: Tuning) -> list[Scene]:
+    """A few windows for every step: all of them, shuffled, over and over."""
+    parts = [part for scene in stage for part in _cut(scene)]
+    draw = torch.Generator().manual_seed(tuning.seed)
+    picks: list[int] = []
+    while len(picks) < tuning.steps:
+        picks += torch.randperm(len(parts), generator=draw).tolist()
+    return [parts[i] for i in picks[: tuning.steps]]
+
+
+def _cut(scene: Scene) -> list[Scene]:
+    """The windows of a scene that fit, a few at a time."""
+    rows = [i for i in range(len(scene.q)) if bool(scene.fits[i].any())]
+    return [_rows(scene, rows[i : i + WINDOWS]) for i in range(0, len(rows), WINDOWS)]
+
+
+def _rows(scene: Scene, rows: Sequence[int]) -> Scene:
+    pick = list(rows)
+    names = ("q", "y", "added", "p", "out", "keep", "judges")
+    parts: dict[str, Any] = {n: getattr(scene, n)[pick] for n in names}
+    if isinstance(scene, RowScene):
+        parts["rows"] = tuple(x[pick] for x in scene.rows)
+    return replace(scene, **parts, sink=None if scene.sink is None else scene.sink[pick])
+
+
+def _judged(tuned: Tuned, stage: Sequence[Scene], tensors: Mapping[str, Tensor]) -> float:
+    """Relative squared error on the tokens that did not fit."""
+    wrong = total = 0.0
+    with torch.no_grad():
+        for scene in stage:
+            y = scene.out[scene.judges].float()
+            wrong += float((tuned.output(scene, tensors)[scene.judges] - y).double().square().sum())
+            total += float(y.double().square().sum())
+    return wrong / total if total else 0.0

@@ -1,0 +1,137 @@
+"""A site with fewer kv heads, as something to learn: its projections as maps of what the source's projections give.
+
+u' = T u + c, u the rows of the source's projection, before norm and rope. A query head is made of its own source head,
+a kv head of all of them, so that T W holds every matrix that can matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from codegen.eager import normed, rotated, scored
+from passes.mla_scene import Scene
+from passes.moments import SiteBatch, windowed
+from passes.trial import uniform
+from rewrite.heads import Heads, Rewritten, Weights
+from rewrite.site import Operand, Sink, Site
+
+
+@dataclass(frozen=True, eq=False)
+class RowScene(Scene):
+    """A scene with the rows of the projections, (b, heads, tokens, d) for q, k and v, queries as in `q`."""
+
+    rows: tuple[Tensor, Tensor, Tensor]
+
+
+def with_rows(scene: Scene, whole: SiteBatch) -> RowScene:
+    """The scene of a batch, with its rows."""
+    batch, site = windowed(whole), scene.site
+    take, past = len(scene.q), scene.y.shape[1] - batch.q.shape[2]
+
+    def rows(which: str, operand: Operand) -> Tensor:
+        return batch.u[which][:take][..., torch.from_numpy(operand.rows)].transpose(1, 2).float()
+
+    u = rows("q", site.q)[:, :, scene.at - past], rows("k", site.k), rows("v", site.v)
+    return RowScene(**vars(scene), rows=u)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadsTuned:
+    """Maps and constants of the three projections, and the output projection."""
+
+    made: Rewritten
+    site: Site
+    source: Weights
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """The tensors as the closed form left them, float32: q (h, d, d), k and v (kv heads * d, source rows)."""
+        out: dict[str, Tensor] = {"out": self.made.weights.out}
+        if self.made.weights.out_bias is not None:
+            out["out_bias"] = self.made.weights.out_bias
+        for name, new, old in self._projections():
+            if name == "q":
+                old = _picked(old, self.made.order)
+                maps = torch.stack([_map(a, b) for a, b in zip(new.weight, old.weight, strict=True)])
+                there = None if old.bias is None else torch.einsum("hij,hj->hi", maps, old.bias)
+            else:
+                maps = _map(new.weight.flatten(0, 1), old.weight.flatten(0, 1))
+                there = None if old.bias is None else (maps @ old.bias.flatten()).view(new.weight.shape[:2])
+            out[name] = maps
+            if there is not None and new.bias is not None:
+                out[f"{name}_bias"] = new.bias - there
+        return {n: x.float() for n, x in out.items()}
+
+    def output(self, scene: Scene, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(b, t, outputs) of the attention."""
+        if not isinstance(scene, RowScene):
+            raise TypeError("heads are tuned on scenes with rows")
+        site, order, kv_of = self.site, list(self.made.order), list(self.made.site.kv_of)
+        q, k, v = self._heads(scene, tensors)
+        q = q if site.q.rope is None else rotated(site.q.rope, q, scene.at)
+        k = k if site.k.rope is None else rotated(site.k.rope, k, scene.keys_at)
+        products = q @ k[:, kv_of].transpose(-1, -2) * (uniform(site.q.after) * uniform(site.k.after))
+        s_bhts = scored(site, products, mask=scene.added[:, order])
+        if any(isinstance(m, Sink) for m in site.mods) and scene.sink is not None:
+            p = torch.cat([s_bhts, scene.sink[:, order]], -1).softmax(-1)[..., :-1]
+        else:
+            p = torch.nan_to_num(s_bhts.softmax(-1))
+        y = torch.einsum("bhtd,ohd->bto", p @ v[:, kv_of], tensors["out"])
+        return y + tensors["out_bias"] if "out_bias" in tensors else y
+
+    def done(self, tensors: Mapping[str, Tensor]) -> Rewritten:
+        """The result with these tensors."""
+        found = {n: x.double() for n, x in tensors.items()}
+        made: dict[str, Heads] = {}
+        for name, new, old in self._projections():
+            extra = found.get(f"{name}_bias")
+            if name == "q":
+                old = _picked(old, self.made.order)
+                weight = torch.einsum("hij,hjx->hix", found[name], old.weight)
+                bias = None if old.bias is None else torch.einsum("hij,hj->hi", found[name], old.bias)
+            else:
+                weight = (found[name] @ old.weight.flatten(0, 1)).view_as(new.weight)
+                bias = None if old.bias is None else (found[name] @ old.bias.flatten()).view(new.weight.shape[:2])
+            made[name] = replace(new, weight=weight, bias=bias if bias is None or extra is None else bias + extra)
+        weights = replace(self.made.weights, **made, out=found["out"], out_bias=found.get("out_bias"))
+        return replace(self.made, weights=weights)
+
+    def _projections(self) -> tuple[tuple[str, Heads, Heads], ...]:
+        return tuple((n, getattr(self.made.weights, n), getattr(self.source, n)) for n in "qkv")
+
+    def _heads(self, scene: RowScene, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, k, v) of the new heads, before the rope."""
+        u_q, u_k, u_v = scene.rows
+        count = self.made.weights.k.weight.shape[0]
+        rows = {
+            "q": torch.einsum("hij,bhtj->bhti", tensors["q"], u_q[:, list(self.made.order)]),
+            "k": _joined(u_k, tensors["k"], count),
+            "v": _joined(u_v, tensors["v"], count),
+        }
+        out: list[Tensor] = []
+        for (name, new, _), operand in zip(self._projections(), (self.site.q, self.site.k, self.site.v), strict=True):
+            x = rows[name]
+            x = x + tensors[f"{name}_bias"][:, None] if f"{name}_bias" in tensors else x
+            x = x if operand.norm is None else normed(operand.norm, x)
+            out.append(x * new.gain.float()[:, None])
+        return out[0], out[1], out[2]
+
+
+def _joined(u: Tensor, maps: Tensor, heads: int) -> Tensor:
+    """(b, heads, s, d) of rows (b, g, s, d) under maps (heads * d, g * d)."""
+    return (u.transpose(1, 2).flatten(2) @ maps.T).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _map(new: Tensor, old: Tensor) -> Tensor:
+    """T with T @ old = new, of least size."""
+    return new @ torch.linalg.pinv(old, rtol=1e-9)
+
+
+def _picked(heads: Heads, order: Sequence[int]) -> Heads:
+    pick = list(order)
+    bias = None if heads.bias is None else heads.bias[pick]
+    return Heads(heads.weight[pick], bias, heads.gain[pick])

@@ -1,0 +1,51 @@
+"""A site that caches a latent, as something to learn: how the latent is made and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from passes.mla_scene import Scene
+from rewrite.heads import Latents, Rewritten
+
+LEARNT = ("down", "turn", "read", "query_turn", "up_v", "up_k")
+
+
+@dataclass(frozen=True, eq=False)
+class LatentTuned:
+    """The tensors of `Latents` and the output projection."""
+
+    made: Rewritten
+
+    @property
+    def _latents(self) -> Latents:
+        if self.made.latents is None:
+            raise ValueError(f"{self.made.site.name} has no latents")
+        return self.made.latents
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """The tensors as the closed form left them, float32. In the rebuilt form nothing is read but keys."""
+        held, weights = self._latents, self.made.weights
+        given = {n: getattr(held, n) for n in LEARNT if isinstance(getattr(held, n), Tensor)}
+        if held.up_k is not None:
+            given = {n: x for n, x in given.items() if n not in ("read", "turn", "query_turn")}
+        given |= {"out": weights.out} | ({} if weights.out_bias is None else {"out_bias": weights.out_bias})
+        return {n: x.float() for n, x in given.items() if x.numel()}
+
+    def output(self, scene: Scene, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(b, t, outputs) of the attention."""
+        z = scene.heads(replace(self._latents, **{n: tensors[n] for n in LEARNT if n in tensors}))
+        y = torch.einsum("bhtd,ohd->bto", z, tensors["out"])
+        return y + tensors["out_bias"] if "out_bias" in tensors else y
+
+    def done(self, tensors: Mapping[str, Tensor]) -> Rewritten:
+        """The result with these tensors."""
+        found = {n: x.double() for n, x in tensors.items()}
+        latents = replace(self._latents, **{n: found[n] for n in LEARNT if n in found})
+        bias = found.get("out_bias")
+        weights = replace(self.made.weights, out=found["out"], out_bias=bias)
+        return replace(self.made, weights=weights, latents=latents)
