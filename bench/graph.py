@@ -14,7 +14,7 @@ from torch.fx import Node
 from bench.quality import CONTEXT, held_out, perplexity
 from codegen.latent import attention, features
 from passes import Target
-from passes.calibrate import Stream
+from passes.calibrate import Stream, statistics
 from passes.convert import Change, convert_sites, named_tensors
 from passes.find import Found, find
 from passes.moments import SiteBatch
@@ -23,9 +23,10 @@ from passes.trial import heads_outputs, uniform
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
 from rewrite.heads import Latents
-from rewrite.layout import expanded
+from rewrite.layout import expanded, gather
 from rewrite.opened import open_model
 from rewrite.program import Program
+from rewrite.site import Site, Tensors
 
 ROWS = 16
 """Windows that run at once."""
@@ -50,11 +51,23 @@ class Source:
         return next((r for r in reasons if r is not None), None)
 
     def convert(self, target: Target, calibrated: bool = True) -> dict[str, Change]:
-        """Every site rewritten; weights only where not `calibrated`."""
+        """Every site rewritten, as `passes.convert` does it but for the measured errors; weights only where not
+        `calibrated`."""
         names = [s.name for s in self.found.sites]
         targets = dict(zip(names, self._each(target), strict=True))
-        given = self.calibration if calibrated else None
-        return convert_sites(self.program, self.found, targets, given, lambda *_: None)
+        if not calibrated:
+            return convert_sites(self.program, self.found, targets, None, lambda *_: None)
+        machine, slices = self._slices()
+        stream = Stream(machine, self.calibration, slices, self._tensors)
+        changes: dict[str, Change] = {}
+        for part in slices:
+            stream.reach(part)
+            own = targets[part.site.name]
+            stats = statistics(stream, part, own.needs, self._tensors)
+            made = own.rewrite(part.site, gather(part.site, self._tensors), stats)
+            changes[part.site.name] = Change(part.site, made, None)
+            self._leave(stream, part, changes[part.site.name])
+        return changes
 
     def ratio(self, changes: Mapping[str, Change], windows: int | None = None) -> float:
         """Perplexity of the converted model over the original's; on the first `windows` of the text."""
@@ -75,20 +88,31 @@ class Source:
         sites = self.found.sites
         return [target.for_site(i, len(sites)) for i in range(len(sites))]
 
-    def _logits(self, changes: Mapping[str, Change], ids: Tensor) -> Tensor:
-        running, module = self.program.dynamic or self.program.static, self.program.module
-        machine, tensors = Machine(running, module), named_tensors(module)
+    @property
+    def _tensors(self) -> Tensors:
+        return named_tensors(self.program.module)
+
+    def _slices(self) -> tuple[Machine, list[Slice]]:
+        running = self.program.dynamic or self.program.static
+        machine = Machine(running, self.program.module)
         twin = twins(self.program.static.graph, running.graph)
-        pairs = [p for p in zip(self.found.sites, self.found.regions, strict=True) if p[0].name in changes]
-        slices = sorted((slice_of(machine, s, r, twin) for s, r in pairs), key=lambda p: machine.place[p.out])
+        pairs = zip(self.found.sites, self.found.regions, strict=True)
+        return machine, sorted((slice_of(machine, s, r, twin) for s, r in pairs), key=lambda p: machine.place[p.out])
+
+    def _leave(self, stream: Stream, part: Slice, change: Change) -> None:
+        made = change.rewritten
+        edits = expanded(part.site, made.weights, made.site.kv_of, self._tensors)
+        stream.leave(part, edits, None if made.latents is None else _inner(part.site, made.latents))
+
+    def _logits(self, changes: Mapping[str, Change], ids: Tensor) -> Tensor:
+        machine, slices = self._slices()
         scores = _scores(machine, ids)
         end = Slice(self.found.sites[0], (), (scores,), {}, scores, scores)
-        stream = Stream(machine, [{"input_ids": ids}], [*slices, end], tensors)
+        stream = Stream(machine, [{"input_ids": ids}], [*slices, end], self._tensors)
         for part in slices:
-            stream.reach(part)
-            made = changes[part.site.name].rewritten
-            edits = expanded(part.site, made.weights, made.site.kv_of, tensors)
-            stream.leave(part, edits, None if made.latents is None else _inner(changes[part.site.name]))
+            if part.site.name in changes:
+                stream.reach(part)
+                self._leave(stream, part, changes[part.site.name])
         stream.reach(end)
         return stream.envs[0][scores]
 
@@ -103,10 +127,7 @@ def source(models: Path, kind: str, samples: int, windows: int | None = None) ->
     return Source(kind, program, find(program.static), given, rows, perplexity(opened.working, rows))
 
 
-def _inner(change: Change) -> Callable[[SiteBatch], Tensor]:
-    latents, site = change.rewritten.latents, change.site
-    if latents is None:
-        raise ValueError(f"{site.name} has no latent")
+def _inner(site: Site, latents: Latents) -> Callable[[SiteBatch], Tensor]:
     if site.mods or site.mask.origin != "constant":
         return lambda batch: heads_outputs(latents, batch)
     return lambda batch: _direct(latents, batch)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes import Target
+from passes.assign import holds_cache
 from passes.sizes import Source, count, describe, parameters, saved, shape
 from passes.verdict import no_attention, nothing_applies, require_space
 from rewrite.errors import ReattnError
@@ -207,7 +208,7 @@ def _outcome(site: Site, target: Target | None, wanted: bool, barred: str | None
 
 
 def _row(site: Site, new: Site, generates: bool, note: str) -> SiteRow:
-    cached = generates and _holds_cache(site)
+    cached = generates and holds_cache(site)
     return SiteRow(
         name=site.name,
         converted=new is not site,
@@ -231,11 +232,6 @@ def _stay(row: SiteRow, reason: str) -> SiteRow:
         form="",
         note=f"refused: {reason}",
     )
-
-
-def _holds_cache(site: Site) -> bool:
-    """Self-attention whose first token reads a later one is an encoder's: it sees a text at once and keeps nothing."""
-    return site.cross or not bool(site.mask.table(4, 4)[0, 1:].any())
 
 
 def _memory(source: Source, sites: tuple[Site, ...]) -> int:

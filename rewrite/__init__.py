@@ -1,4 +1,4 @@
-"""Rewrite the attention of a pretrained transformer: `from rewrite import convert, plan, check, GQA`."""
+"""Rewrite the attention of a pretrained transformer: `from rewrite import convert, plan, check, GQA, MLA`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from passes.gqa import GQA
+    from passes.mla import MLA
     from rewrite.api import check, convert, plan
     from rewrite.errors import ReattnError
 
-__all__ = ["GQA", "ReattnError", "check", "convert", "plan"]
+__all__ = ["GQA", "MLA", "ReattnError", "check", "convert", "plan"]
 
 _HOME = {"ReattnError": "rewrite.errors"}
 

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from passes import Target
-from passes.assign import assign, barred
-from passes.convert import Change, convert_sites, named_tensors
+from passes.assign import assign, barred, uncached
+from passes.convert import Change, convert_sites
+from passes.emit import How, forecast, require
+from passes.emit import emit as emit_forms
 from passes.find import Found, find
 from passes.gqa import GQA
-from passes.lower import lower
-from passes.plan import Plan, make_plan, no_attention, nothing_applies, require_space
+from passes.mla import MLA
+from passes.plan import Plan, make_plan, no_attention, require_space
 from passes.sizes import describe
+from passes.tune import Tuning
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
 from rewrite.compare import check as compare
@@ -27,10 +30,10 @@ from rewrite.opened import Opened, open_model
 from rewrite.program import Program
 from rewrite.report import Checked, Report
 from rewrite.save import made_by, refuse_saving, save
-from rewrite.site import Latent, Site
+from rewrite.site import Site
 from rewrite.spell import spell
 
-TARGETS: tuple[type[Any], ...] = (GQA,)
+TARGETS: tuple[type[Any], ...] = (GQA, MLA)
 """Every target that can be asked for, by the command line too."""
 
 Inputs = tuple[Any, ...] | dict[str, Any] | None
@@ -55,7 +58,7 @@ def plan(
     step = _Step(target=_one(target), inputs=inputs, only=only, skip=tuple(skip))
     found = find(program.static)
     planned = step.plan(model, program, found, context)
-    return planned.emitted(forecast(program.module, step.pairs(found)), {})
+    return planned.emitted(forecast(program.module, step.pairs(program, found)), {})
 
 
 def convert(
@@ -72,6 +75,8 @@ def convert(
     out: str | Path | None = None,
     max_loss: float | None = None,
     check: bool = True,
+    tune: int = 0,
+    emit: How = "auto",
     seed: int = 0,
     progress: Tell | None = None,
 ) -> Any:
@@ -80,18 +85,24 @@ def convert(
     `calibration`: texts, a file's Path, token tensors or dictionaries of inputs; without it the weights alone decide.
     At most `samples` windows of `length` tokens (the model's context, 2048 at most) are used. `text` is what the loss
     is measured on; without it the outputs on example inputs are compared. `out` is a new folder, whole or absent.
+    `tune` steps of Adam follow at every site, on its own output (0: none). `emit` chooses how a latent is written: as a
+    class of the library that engines load ("stock"), in the model's own class ("own"), or whichever fits ("auto").
     Raises where no site can be converted; a failed check is told by the report, and names the folder `out.failed`.
     """
     asked = _one(target)
     if asked is None:
         raise BadUsage("usage", "no target was given", "name one: GQA(kv_heads)")
+    if tune and calibration is None:
+        raise BadUsage("usage", f"tuning takes {tune} steps on the calibration, and none was given", "give calibration")
     if out is not None:
         refuse_output(Path(out), Path(model) if isinstance(model, (str, Path)) else None)
     opened, tell = open_model(model), progress or _silent
     if out is not None:
         refuse_saving(opened.working)
     windows = Windows(length or opened.context, samples)
-    step = _Step(asked, inputs, only, tuple(skip), opened, calibration, windows, None if out is None else Path(out))
+    tuning = Tuning(tune, seed) if tune else None
+    folder = None if out is None else Path(out)
+    step = _Step(asked, inputs, only, tuple(skip), opened, calibration, windows, folder, tuning, emit)
     done = step.run(opened.working, tell)
     made: Any = opened.as_given(done.model)
     checked = _check(opened, made, text, inputs, max_loss, seed, tell, step.lossless(done)) if check else None
@@ -160,32 +171,39 @@ class _Step:
     calibration: Any = None
     windows: Windows | None = None
     out: Path | None = None
+    tuning: Tuning | None = None
+    how: How = "auto"
 
     def run(self, module: nn.Module, tell: Tell) -> _Done:
         """The pipeline, once."""
         program = capture(module, self.inputs)
         found = find(program.static)
         planned = self.plan(module, program, found)
-        _require(planned)
+        require(planned)
         if self.out is not None:
             require_space(planned, self.out)
         data = self.batches(program)
-        changes = convert_sites(program, found, self.targets(found), data, tell)
-        made, planned = emit(program, changes, planned)
+        changes = convert_sites(program, found, self.targets(program, found), data, tell, self.tuning)
+        made, planned = emit_forms(program, changes, planned, self.how)
         return _Done(made, planned, changes, data, program, found)
 
-    def targets(self, found: Found) -> dict[str, Target]:
+    def targets(self, program: Program, found: Found) -> dict[str, Target]:
         """The target of every site that can have it."""
         if self.target is None:
             return {}
-        shared = barred(found)
+        shared = self.barred(program, found)
         chosen = assign(found, self.target, self.only, self.skip)
         sites = {s.name: s for s in found.sites}
         return {n: t for n, t in chosen.items() if n not in shared and t.refuse(sites[n]) is None}
 
-    def pairs(self, found: Found) -> dict[str, tuple[Site, Site]]:
+    def barred(self, program: Program, found: Found) -> Mapping[str, str]:
+        """Site -> why this target must leave it alone, where that is not for the site itself to say."""
+        latent = {} if self.target is None else uncached(program, found, self.target)
+        return {**latent, **barred(found)}
+
+    def pairs(self, program: Program, found: Found) -> dict[str, tuple[Site, Site]]:
         """Every site that can have the target, and its new shape."""
-        targets = self.targets(found)
+        targets = self.targets(program, found)
         return {s.name: (s, targets[s.name].after(s)) for s in found.sites if s.name in targets}
 
     def plan(self, model: Any, program: Program, found: Found, context: int = 32_768) -> Plan:
@@ -195,7 +213,8 @@ class _Step:
             raise no_attention(describe(label, program.module), len(program.static.graph.nodes), found)
         chosen = assign(found, self.target, self.only, self.skip) if self.target is not None else {}
         spelled = (spell(self.target),) if self.target is not None else ()
-        return make_plan(label, program, found, chosen, spelled=spelled, barred=barred(found), context=context)
+        why = self.barred(program, found)
+        return make_plan(label, program, found, chosen, spelled=spelled, barred=why, context=context)
 
     def batches(self, program: Program) -> list[Batch] | None:
         """The calibration for this model's inputs; at the traced size where the model takes no other."""
@@ -213,51 +232,11 @@ class _Step:
         """The same sites at the setting that must be exact, through the same emission."""
 
         def make() -> nn.Module:
-            exact = {n: t.lossless(done.changes[n].site) for n, t in self.targets(done.found).items()}
+            exact = {n: t.lossless(done.changes[n].site) for n, t in self.targets(done.program, done.found).items()}
             same = convert_sites(done.program, done.found, exact, None, _silent)
-            return emit(done.program, same, done.plan)[0]
+            return emit_forms(done.program, same, done.plan, "own")[0]
 
         return make
-
-
-def emit(program: Program, changes: Mapping[str, Change], planned: Plan) -> tuple[nn.Module, Plan]:
-    """The new model, and the plan with the form that each site got. A module without a config becomes a graph."""
-    from transformers import PreTrainedModel
-
-    from rewrite.emit import emit as emit_pretrained
-    from rewrite.emit import emit_latent
-
-    pairs = {name: (c.site, c.rewritten) for name, c in changes.items()}
-    if not isinstance(program.module, PreTrainedModel):
-        made = lower(program.dynamic or program.static, pairs, named_tensors(program.module))
-        return made, planned.emitted(dict.fromkeys(pairs, ("graph", "")), {})
-    latent = any(c.rewritten.latents is not None for c in changes.values())
-    emitted = (emit_latent if latent else emit_pretrained)(program.module, pairs, program.kwargs)
-    planned = planned.emitted(
-        {n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}, emitted.refused
-    )
-    _require(planned)
-    return emitted.model, planned
-
-
-def forecast(module: nn.Module, pairs: Mapping[str, tuple[Site, Site]]) -> dict[str, tuple[str, str]]:
-    """Which form each site will get, as far as shapes tell, and why not an earlier one."""
-    from transformers import PreTrainedModel
-
-    from rewrite.emit import forecast as forecast_pretrained
-    from rewrite.emit import forecast_latent
-
-    if not isinstance(module, PreTrainedModel):
-        return dict.fromkeys(pairs, ("graph", ""))
-    latent = [n for n, (_, new) in pairs.items() if isinstance(new.form, Latent)]
-    heads = {n: pair for n, pair in pairs.items() if n not in latent}
-    return forecast_pretrained(module, heads) | forecast_latent(module, latent)
-
-
-def _require(planned: Plan) -> None:
-    nothing = nothing_applies(planned)
-    if nothing is not None:
-        raise nothing
 
 
 def _check(
@@ -299,6 +278,7 @@ def _report(opened: Opened, step: _Step, target: str, done: _Done, checked: Chec
         architecture=type(opened.working).__name__,
         fingerprint=opened.fingerprint,
         target=(target,),
+        tune=0 if step.tuning is None else step.tuning.steps,
         only=step.only,
         skip=step.skip,
         seed=seed,

@@ -34,6 +34,7 @@ def recipe(report: Report) -> str:
         f"only    = {_toml(report.only)}",
         f"skip    = {_toml(report.skip)}",
         f"seed    = {report.seed}",
+        f"tune    = {report.tune}",
     ]
     if report.calibration is not None:
         c = report.calibration
@@ -58,6 +59,7 @@ def command(report: Report, out: str = "OUT") -> str:
         words += [f"--calibrate {c.source}", f"--calibrate-samples {c.samples}", f"--calibrate-length {c.length}"]
     words += [f"--only '{report.only}'"] if report.only != "*" else []
     words += [f"--skip '{s}'" for s in report.skip]
+    words += [f"--tune {report.tune}"] if report.tune else []
     words += [f"--seed {report.seed}"] if report.seed else []
     return " ".join(words)
 
@@ -78,7 +80,7 @@ def card(report: Report, licence: str = "", auto: str = "") -> str:
     head += [f"license: {licence}"] if licence else []
     head += ["tags: [reattn]", "---", ""]
     body = [
-        f"# {Path(report.model).name}, attention rewritten: {', '.join(report.target)}",
+        f"# {Path(report.model).name}, attention rewritten: {report.made}",
         "",
         f"Made by [reattn](reattn.toml) from `{report.model}` ({report.architecture}): "
         f"{report.converted} of {len(report.sites)} attentions converted{_cache(report.sites)}.",
@@ -135,7 +137,7 @@ tr:nth-child(even) { background: #8881; } pre { overflow-x: auto; background: #8
 
 def page(report: Report) -> str:
     """One HTML file without network: sites with bars for their errors, and what check measured."""
-    title = html.escape(f"{report.model}: {', '.join(report.target)}")
+    title = html.escape(f"{report.model}: {report.made}")
     failed = report.checked is not None and bool(report.checked.failures)
     return "\n".join(
         [

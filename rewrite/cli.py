@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-_TO = "what to make of the attention: gqa:3, gqa:kv_heads=3,method=mean"
+_TO = "what to make of the attention: gqa:3, mla:cache=0.25, gqa:kv_heads=3,method=mean"
 _FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
@@ -142,7 +142,11 @@ def _add_convert(verbs: Any) -> None:
     where = verb.add_argument_group("Where")
     where.add_argument("out", metavar="OUT", type=Path, help="the new folder; it must not exist")
     where.add_argument("--text", metavar="FILE", type=Path, help="text to measure perplexity on")
+    where.add_argument(
+        "--emit", choices=("auto", "stock", "own"), default="auto", help="how a latent is written: for engines, or own"
+    )
     limits = verb.add_argument_group("Limits")
+    limits.add_argument("--tune", metavar="STEPS", type=_positive, default=0, help="tune every site on its own (off)")
     limits.add_argument("--calibrate-samples", metavar="N", type=_positive, default=128, help="windows of text (128)")
     limits.add_argument(
         "--calibrate-length",
@@ -228,6 +232,8 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
             samples=options.calibrate_samples,
             length=options.calibrate_length,
             check=not options.no_check,
+            tune=options.tune,
+            emit=options.emit,
             only=options.only,
             skip=options.skip,
             out=options.out,

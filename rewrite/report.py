@@ -168,11 +168,18 @@ class Report:
     notes: tuple[str, ...]
     made_by: tuple[tuple[str, str], ...]
     """(package, version)."""
+    tune: int = 0
+    """Steps of local tuning at every site; figures of a tuned model are not those of the closed form."""
 
     @property
     def converted(self) -> int:
         """How many sites changed."""
         return sum(row.converted for row in self.sites)
+
+    @property
+    def made(self) -> str:
+        """The target, and whether it was tuned: gqa:3, tuned 200 steps."""
+        return ", ".join(self.target) + (f", tuned {self.tune} steps" if self.tune else "")
 
     def json(self) -> str:
         """The report as JSON; `Report.read` gives it back."""
@@ -187,7 +194,7 @@ class Report:
         """The report as a page of text."""
         head = [
             f"model    {self.model} · {self.architecture}",
-            f"target   {', '.join(self.target)}",
+            f"target   {self.made}",
             f"text     {self._calibrated()}",
         ]
         parts = ["\n".join(head), site_table(self.sites)]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 4))
 """(fold, collapse) that are tried."""
+NOTHING = 1e-6
+"""Size of still keys beside all keys' below which there are none."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ class TransMLA(Peer):
     def key_scale(self, site: Site, basis: Basis, spread: Spread) -> float:
         """Mean size of the values' channels over that of the still keys'."""
         keys, still = site.k.heads * site.k.dim, basis.rows[basis.rope_dim :]
-        size = torch.einsum("ni,ij,nj->n", still, spread.second[:keys, :keys], still).clamp(min=0).sqrt().mean()
-        value = spread.second.diagonal()[keys:].clamp(min=0).sqrt().mean()
-        return float(value / size) if size > 0 else 1.0
+        energy = torch.einsum("ni,ij,nj->n", still, spread.second[:keys, :keys], still)
+        each = spread.second.diagonal()
+        size, whole, value = (x.clamp(min=0).sqrt().mean() for x in (energy, each[:keys], each[keys:]))
+        # where nothing is left of the keys, rounding must not be blown up to the values' size
+        return float(value / size) if size > NOTHING * whole else 1.0
 
     def spread(self, site: Site, weights: Weights, stats: Stats | None) -> Spread:
         """Activations as they are, biases among them."""

@@ -4,10 +4,22 @@ stock     the model's own class with another number of kv heads in its config; a
 grouped   the site's own module and forward; cache and attention kernel hold one head a group
 view      the same, but the module reads all heads back from the cache: less memory, no less time
 latent    the site's own module and forward; the cache holds one vector a token, from which its kernel reads
+deepseek  the same latents as an all-dense DeepSeek-V3 model, which engines load
 """
 
 from rewrite.emit.choose import Changes, Emitted, emit, forecast
+from rewrite.emit.deepseek import Stock, deepseek
 from rewrite.emit.latent import emit_latent, forecast_latent
 from rewrite.emit.reading import for_older_readers
 
-__all__ = ["Changes", "Emitted", "emit", "emit_latent", "for_older_readers", "forecast", "forecast_latent"]
+__all__ = [
+    "Changes",
+    "Emitted",
+    "Stock",
+    "deepseek",
+    "emit",
+    "emit_latent",
+    "for_older_readers",
+    "forecast",
+    "forecast_latent",
+]

@@ -245,6 +245,11 @@ def cache_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
+def differs_in_logits(reference: PreTrainedModel, made: PreTrainedModel, inputs: Inputs) -> str | None:
+    """Whether two models of different classes say the same in one padded forward without a cache."""
+    return _compare(_forward(reference, inputs), _forward(made, inputs), "padded")
+
+
 def _layer(cache: Any, half: str, number: int) -> Any:
     """A layer of a cache; `half` is "self" or "cross" where the cache is a pair."""
     if isinstance(cache, EncoderDecoderCache):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
 from passes.convert import convert_sites
-from passes.find import find
+from passes.find import Found, find
 from passes.mla import MLA
 from rewrite.capture import capture
 from rewrite.emit.deepseek import Stock, deepseek
 from rewrite.emit.reading import for_older_readers
 from rewrite.emit.validate import cache_bytes, relative
+from rewrite.program import Program
 from tests.contract.by_latent import changed, cut, exact, llama, oracle
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
@@ -226,10 +228,17 @@ def test_a_default_folder_that_has_the_sizes_is_one_for_engines(tmp_path: Path) 
         assert relative(logits(reference), engine(IDS)) < 1e-5
 
 
-def test_the_shipped_model(tmp_path: Path) -> None:
-    """Sites as the finder gives them, trained weights, a folder in bfloat16."""
+@cache
+def shipped() -> tuple[Any, Program, Found]:
+    """A trained model and its sites as the finder gives them."""
     model = AutoModelForCausalLM.from_pretrained(MODELS / "llama", dtype=torch.float32)
-    sites = find(capture(model, None, dynamic=False).static).sites
+    program = capture(model, None, dynamic=False)
+    return model, program, find(program.static)
+
+
+def test_the_shipped_model(tmp_path: Path) -> None:
+    model, _, found = shipped()
+    sites = found.sites
     given = cut(model, sites, [128] * 4, [range(0, 16, 2)] * 4)
     made = deepseek(model, given, engines=True)
     assert isinstance(made, Stock)
@@ -246,9 +255,7 @@ def test_the_shipped_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [MLA(rank=96, rope_dim=16), MLA(cache=1.0)], ids=["lossy", "exact"])
 def test_what_the_target_makes_is_a_stock_folder(target: MLA, tmp_path: Path) -> None:
     """Its channels may share a frequency, which transformers is told by factors."""
-    model = AutoModelForCausalLM.from_pretrained(MODELS / "llama", dtype=torch.float32)
-    program = capture(model, None)
-    found = find(program.static)
+    model, program, found = shipped()
     made = convert_sites(program, found, {s.name: target for s in found.sites}, None, lambda *_: None)
     given = {name: (change.site, change.rewritten) for name, change in made.items()}
     folder = written(deepseek(model, given), tmp_path)

@@ -142,3 +142,31 @@ def test_without_an_attention_the_nearest_miss_is_named() -> None:
     assert not found.sites
     assert found.nearest is not None
     assert found.nearest.nearest.startswith("product, relu, product: wanted softmax, found relu at lifted.py:")
+
+
+def bare(m: z.Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def test_one_key_tells_nothing() -> None:
+    found = find(z.export(z.Attention(bare), torch.randn(z.B, 1, z.C)))
+    assert not found.sites
+    assert found.refused[0].refusal.reason.startswith("with one key a softmax gives 1")
+    assert len(find(z.export(z.Attention(bare), torch.randn(z.B, 3, z.C))).sites) == 1
+
+
+class Groups(nn.Module):
+    """Projections that are convolutions of width one, q's in two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Conv1d(z.C, z.C, 1, groups=2), nn.Conv1d(z.C, z.C, 1), nn.Conv1d(z.C, z.C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x.mT).unflatten(1, (z.H, z.D)).mT for f in (self.q, self.k, self.v))
+        return (q @ k.mT).softmax(-1) @ v
+
+
+def test_a_convolution_in_groups_is_no_projection() -> None:
+    (refused,) = find(z.export(Groups(), torch.randn(z.B, z.T, z.C))).refused
+    assert refused.refusal.reason == "q's projection is a convolution in 2 groups, whose rows read different channels"

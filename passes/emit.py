@@ -1,0 +1,80 @@
+"""The last step of a conversion: changes to a model of the source's kind, in the first form that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from passes.convert import Change, named_tensors
+from passes.lower import lower
+from passes.plan import Plan, nothing_applies
+from rewrite.emit import Emitted, Stock, deepseek, emit_latent, forecast_latent
+from rewrite.emit import emit as emit_heads
+from rewrite.emit import forecast as forecast_heads
+from rewrite.emit.choose import Changes, padded
+from rewrite.emit.validate import differs_in_logits
+from rewrite.program import Program
+from rewrite.site import Latent, Site
+
+How = Literal["auto", "stock", "own"]
+"""Of a latent: a class of the library that engines load, the model's own class with a modelling file, or the first
+where an engine's sizes hold it without loss and the second else."""
+
+
+def emit(program: Program, changes: Mapping[str, Change], planned: Plan, how: How = "auto") -> tuple[nn.Module, Plan]:
+    """The new model, and the plan with the form that each site got. A module without a config becomes a graph."""
+    pairs = {name: (c.site, c.rewritten) for name, c in changes.items()}
+    if not isinstance(program.module, PreTrainedModel):
+        made = lower(program.dynamic or program.static, pairs, named_tensors(program.module))
+        return made, planned.emitted(dict.fromkeys(pairs, ("graph", "")), {})
+    latent = any(c.rewritten.latents is not None for c in changes.values())
+    if latent:
+        emitted = _latent(program.module, pairs, program, how)
+    else:
+        emitted = emit_heads(program.module, pairs, program.kwargs)
+    forms = {n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}
+    planned = planned.emitted(forms, emitted.refused)
+    require(planned)
+    return emitted.model, planned
+
+
+def _latent(model: PreTrainedModel, pairs: Changes, program: Program, how: How) -> Emitted:
+    """The model's own class first: it is what a stock class is compared with."""
+    own = emit_latent(model, pairs, program.kwargs)
+    if how == "own" or not own.forms:
+        return own
+    stock = _stock(model, pairs, program, own) if not own.refused else "not every attention of the model is converted"
+    if isinstance(stock, Emitted):
+        return stock
+    if how == "stock":
+        return Emitted(model, {}, {}, dict.fromkeys(pairs, f"stock: {stock}"))
+    return Emitted(own.model, own.forms, {n: (f"stock: {stock}",) for n in own.forms}, own.refused)
+
+
+def _stock(model: PreTrainedModel, pairs: Changes, program: Program, own: Emitted) -> Emitted | str:
+    made = deepseek(model, pairs, engines=True)
+    if isinstance(made, Stock):
+        problem = differs_in_logits(own.model, made.model, padded(program.kwargs))
+        if problem is None:
+            return Emitted(made.model, dict.fromkeys(pairs, "deepseek"), dict.fromkeys(pairs, made.notes), {})
+        return problem
+    return made
+
+
+def forecast(module: nn.Module, pairs: Mapping[str, tuple[Site, Site]]) -> dict[str, tuple[str, str]]:
+    """Which form each site will get, as far as shapes tell, and why not an earlier one."""
+    if not isinstance(module, PreTrainedModel):
+        return dict.fromkeys(pairs, ("graph", ""))
+    latent = [n for n, (_, new) in pairs.items() if isinstance(new.form, Latent)]
+    heads = {n: pair for n, pair in pairs.items() if n not in latent}
+    return forecast_heads(module, heads) | forecast_latent(module, latent)
+
+
+def require(planned: Plan) -> None:
+    """Raise where nothing was changed."""
+    nothing = nothing_applies(planned)
+    if nothing is not None:
+        raise nothing
