@@ -48,7 +48,7 @@ def _joint(cache: float, _site: Site) -> Sequence[Any]:
 
 
 def _care(cache: float, _site: Site) -> Sequence[Any]:
-    return (CARE(cache),)
+    return CARE(cache), CARE(cache, apart=True)
 
 
 def _transmla(cache: float, site: Site) -> Sequence[Any]:
@@ -215,12 +215,12 @@ Perplexity of the converted model divided by the original's, on the held-out tex
 windows of {CONTEXT} tokens of other text; nothing was trained. `python -m bench.mla` writes this page.
 
 The published methods are written anew from their descriptions in `bench/peers/`: the joint singular value decomposition
-of the stacked key and value projections; CARE (arXiv 2603.17946), the same in the metric of the inputs, with one rank
-for all layers; TransMLA (arXiv 2502.07864), the best of six settings of folding; MHA2MLA (arXiv 2502.14837), the best
-number of turning pairs. Settings are chosen on held-out text, which favours them. Behind a qk-norm all of them work on
-the normed keys, which is kinder than what was published. None of them refits the output projection: those rows add it,
-to be fair. Keys rebuilt: the cache holds a latent alone, and keys are expanded and turned at every step; all other rows
-decode in the latent space.
+of the stacked key and value projections; CARE (arXiv 2603.17946), the same in the metric of the inputs, keys and values
+together or apart, one rank for all layers; TransMLA (arXiv 2502.07864), the best of six settings of folding; MHA2MLA
+(arXiv 2502.14837), the best number of turning pairs. Settings are chosen on held-out text, which favours them. Behind a
+qk-norm all of them work on the normed keys, which is kinder than what was published. None of them refits the output
+projection: those rows add it, to be fair. Keys rebuilt: the cache holds a latent alone, and keys are expanded and
+turned at every step; all other rows decode in the latent space.
 
 {made}
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -42,6 +43,16 @@ class Spread:
 
     second: Tensor
     about: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Still:
+    """How what does not turn is compressed: the moment of y, a factor of the still keys while directions are chosen,
+    and the choice, from the moment of still keys and values and the number of the former."""
+
+    second: Tensor
+    key_scale: float
+    directions: Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,8 @@ class Peer(ABC):
         spread = self.spread(site, weights, stats)
         basis = self.basis(site, stats)
         rank = budget(site, self.cache) - basis.rope_dim
-        latents = assembled(site, basis, spread.second, self.key_scale(site, basis, spread), rank, self.rebuilt(site))
+        still = Still(spread.second, self.key_scale(site, basis, spread), partial(self.directions, rank=rank))
+        latents = assembled(site, basis, still, self.rebuilt(site))
         made, notes = shifted(site, weights, latents, spread.about), list[str]()
         if self.refit and stats is not None:
             made, note = refit(made, measured(stats.latent(latents), made.out_bias is not None))
@@ -116,6 +128,11 @@ class Peer(ABC):
         """Factor of the still keys while ranks are chosen."""
         del site, basis, spread
         return 1.0
+
+    def directions(self, second: Tensor, keys: int, rank: int) -> Tensor:
+        """(n, rank) orthonormal: what is cached of still keys (the first `keys`) and values, from their moment."""
+        del keys
+        return top(second, rank)
 
     @abstractmethod
     def spread(self, site: Site, weights: Weights, stats: Stats | None) -> Spread:
@@ -158,17 +175,16 @@ def biases(site: Site, weights: Weights) -> Tensor:
     return bias if site.k.rope is None and constants_are_free(site) else torch.zeros_like(bias)
 
 
-def assembled(site: Site, basis: Basis, second: Tensor, key_scale: float, rank: int, rebuilt: bool) -> Latents:
-    """Keys in the basis: the turning ones cached as they are, the still ones (times `key_scale` while directions are
-    chosen) and the values as the top `rank` eigenvectors of their joint moment."""
+def assembled(site: Site, basis: Basis, still: Still, rebuilt: bool) -> Latents:
+    """Keys in the basis: the turning ones cached as they are, the still ones and the values in some directions."""
     g, d, dv, kv = site.k.heads, site.k.dim, site.v.dim, list(site.kv_of)
-    turned, still = basis.rows[: basis.rope_dim], basis.rows[basis.rope_dim :]
+    turned, rest = basis.rows[: basis.rope_dim], basis.rows[basis.rope_dim :]
     values = torch.eye(site.v.heads * dv, dtype=torch.float64)
-    scale = torch.cat([torch.full((len(still),), key_scale), torch.ones(len(values))]).double()
-    rows = torch.block_diag(still, values) * scale[:, None]
-    u = top(rows @ second @ rows.T, rank)
+    scale = torch.cat([torch.full((len(rest),), still.key_scale), torch.ones(len(values))]).double()
+    rows = torch.block_diag(rest, values) * scale[:, None]
+    u = still.directions(rows @ still.second @ rows.T, len(rest))
     up = u / scale[:, None]
-    up_k = (still.T @ up[: len(still)]).reshape(g, d, -1)
+    up_k = (rest.T @ up[: len(rest)]).reshape(g, d, -1)
     none = torch.zeros(site.heads, 0 if rebuilt else basis.rope_dim, d, dtype=torch.float64)
     query = basis.rows.reshape(-1, g, d).transpose(0, 1)[kv]
     return Latents(
@@ -176,7 +192,7 @@ def assembled(site: Site, basis: Basis, second: Tensor, key_scale: float, rank: 
         turn=torch.cat([turned, torch.zeros(len(turned), len(values), dtype=torch.float64)], 1),
         read=torch.zeros_like(up_k.mT[kv]) if rebuilt else up_k.mT[kv],
         query_turn=none if rebuilt else query[:, : basis.rope_dim],
-        up_v=up[len(still) :].reshape(site.v.heads, dv, -1)[kv],
+        up_v=up[len(rest) :].reshape(site.v.heads, dv, -1)[kv],
         frequencies=basis.frequencies,
         up_k=up_k if rebuilt else None,
     )

@@ -21,7 +21,7 @@ from rewrite.site import Site
 if TYPE_CHECKING:
     from passes import Stats
 
-SETTINGS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14)
+SETTINGS = tuple(range(15))
 """Pairs per head that are tried."""
 
 

@@ -72,7 +72,7 @@ def emit(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]) ->
     `changes` is site name -> (source site, rewritten). `inputs` are keyword arguments of one forward; they are padded
     on the left here. A site that no form computes exactly is left as it is, with its sentence in `refused`.
     """
-    refused = {n: reason for n in changes if (reason := _unfit(n, changes)) is not None}
+    refused = {n: reason for n in changes if (reason := unfit(n, changes)) is not None}
     work = _prepare(model, {n: c for n, c in changes.items() if n not in refused}, padded(inputs))
     _choose_stock(work)
     _offer_recipes(work)
@@ -106,7 +106,8 @@ def padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _unfit(name: str, changes: Changes) -> str | None:
+def unfit(name: str, changes: Changes) -> str | None:
+    """Why a site cannot be emitted beside the others, whatever its form."""
     site, new = changes[name]
     if not isinstance(site.out, Output) and tuple(new.order) != tuple(range(site.heads)):
         return f"its heads cannot be permuted: {site.out}"

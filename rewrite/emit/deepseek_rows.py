@@ -25,9 +25,9 @@ from rewrite.site import Affine, FloatArray, Site
 EPS = 1e-6
 """Eps of the class's latent norm; engines take `rms_norm_eps` in its place, so the config must say the same."""
 SMALL = 36
-"""The latent rows are scaled until their largest entry is about 2^-36. mean(c^2) then is so far below EPS that the norm
-is the linear map c / sqrt(EPS): its relative error mean(c^2) / (2 EPS) is 1e-8 where rows with entries of one would give
-a latent of rms 1e4. A power of two in the norm's weight undoes the scale, and kv_b_proj takes the leftover 1.024."""
+"""The latent rows are scaled until their largest entry is about 2^-36. mean(c^2) is then so far below EPS that the norm
+is the linear map c / sqrt(EPS): its relative error mean(c^2) / (2 EPS) is 1e-8 where rows with entries of one would
+give a latent of rms 1e4. A power of two in the norm's weight undoes it, and kv_b_proj takes the leftover 1.024."""
 ENGINE_ROPE = 64
 """Rotated channels that vLLM and SGLang take."""
 NEAR = 5e-7

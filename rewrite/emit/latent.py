@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rewrite.emit import runtime
-from rewrite.emit.choose import Changes, Emitted, padded
+from rewrite.emit.choose import Changes, Emitted, padded, unfit
 from rewrite.emit.edits import edited
 from rewrite.emit.files import dress
 from rewrite.emit.observe import Log, Table, observe, owner
@@ -39,7 +39,7 @@ def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
     refused: dict[str, str] = {}
     sites: set[str] = set()
     for name, (site, new) in changes.items():
-        made = recipe(source, site, _exact(site, new), logs[owner(site)])
+        made = unfit(name, changes) or recipe(source, site, _exact(site, new), logs[owner(site)])
         if isinstance(made, str):
             refused[name] = f"latent: {made}"
         else:
@@ -50,7 +50,9 @@ def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
         return Emitted(model, {}, {n: (r,) for n, r in refused.items()}, refused)
     made = _shipped(source, kept, logs)
     held = {log.layer: new.latents for site, new in kept.values() if (log := logs[owner(site)]).layer is not None}
-    problem = inconsistent(made, inputs) or latents_held(
+    # a class that does not read its own cache as it wrote it says nothing about the latents
+    steady = inconsistent(source, inputs) is None
+    problem = (inconsistent(made, inputs) if steady else None) or latents_held(
         made, inputs, {n: x.rank + x.rope_dim for n, x in held.items() if x is not None}
     )
     if problem is not None:
@@ -141,10 +143,12 @@ def _columns(rope: Rope, tables: list[Table], wanted: FloatArray) -> Recipe | st
     factor = float(turns[0, 0].abs())
     step = (turns[1:] / turns[:-1]).angle().mean(0).numpy()
     pairs, table = rope.frequencies, longest
-    for place in ([*range(len(pairs))], [2 * j for j in range(len(pairs))]):
-        if max(place) < len(step) and np.allclose(step[place], pairs, rtol=1e-3, atol=1e-5):
-            columns = [place[int(np.abs(pairs - f).argmin())] for f in wanted[: len(wanted)]]
-            return {"name": table.name, "place": table.place, "columns": columns, "factor": round(factor, 6)}
+    ways = [(place, sign) for place in ([*range(len(pairs))], [2 * j for j in range(len(pairs))]) for sign in (1, -1)]
+    for place, sign in ways:
+        if max(place) < len(step) and np.allclose(sign * step[place], pairs, rtol=1e-3, atol=1e-5):
+            columns = [place[int(np.abs(pairs - f).argmin())] for f in wanted]
+            where = {"name": table.name, "place": table.place, "columns": columns}
+            return where | {"sign": sign, "factor": round(factor, 6)}
     return f"the columns of its rope table '{table.name}' do not turn by the {len(pairs)} frequencies of its keys"
 
 
@@ -172,9 +176,9 @@ def _exact(site: Site, new: Rewritten) -> Latents:
 
 def _built(source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log]) -> PreTrainedModel:
     """A copy of the source with the sites' latents, its other tensors shared."""
-    made = twin(source, {}, share=True)
-    runtime.install(made, _recipes(source, changes, logs))
-    _fill(made, changes)
+    made, recipes = twin(source, {}, share=True), _recipes(source, changes, logs)
+    runtime.install(made, recipes)
+    _fill(made, changes, recipes)
     return made
 
 
@@ -183,9 +187,9 @@ def _shipped(source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log])
     tensors, edits = table(source), dict[str, Tensor]()
     for site, new in changes.values():
         edits |= edited(site, new, tensors.__getitem__)
-    made = twin(source, edits, share=False)
-    dress(made, _recipes(source, changes, logs))
-    _fill(made, changes)
+    made, recipes = twin(source, edits, share=False), _recipes(source, changes, logs)
+    dress(made, recipes)
+    _fill(made, changes, recipes)
     return made
 
 
@@ -205,16 +209,18 @@ def _of(new: Rewritten) -> Latents:
     return new.latents
 
 
-def _fill(made: PreTrainedModel, changes: Changes) -> None:
-    for site, new in changes.values():
-        for name, value in module_tensors(site, _of(new)).items():
+def _fill(made: PreTrainedModel, changes: Changes, recipes: Recipe) -> None:
+    for one in recipes["sites"]:
+        site, new = changes[one["site"]]
+        turned = 1.0 if one["rope"] is None else float(one["rope"]["factor"])
+        factor = turned if site.k.after is None else float(site.k.after.constant.reshape(-1)[0])
+        for name, value in module_tensors(site, _of(new), factor).items():
             put(made, f"{owner(site)}.reattn.{name}", value)
 
 
-def module_tensors(site: Site, latents: Latents) -> dict[str, Tensor]:
-    """The runtime module's parameters. A factor behind the rope is in the keys and queries that the module shows,
-    but not in those that the latents are made for."""
-    factor = 1.0 if site.k.after is None else float(site.k.after.constant.reshape(-1)[0])
+def module_tensors(site: Site, latents: Latents, factor: float) -> dict[str, Tensor]:
+    """The runtime module's parameters. A factor that the rope's table carries, or that stands behind the rope, is in
+    the keys and queries that the module shows, but not in those that the latents are made for."""
     down = torch.cat([latents.down, latents.turn])
     down[:, : site.k.heads * site.k.dim] /= factor
     out = {"down": down, "up_v": latents.up_v}

@@ -47,7 +47,7 @@ def plain(made: Site) -> Site:
 
 
 def changed(model: PreTrainedModel, given: Mapping[str, tuple[Site, Latents]]) -> Changes:
-    """The rewritten sites; their output projections are other than the source's, so that taking these shows."""
+    """The rewritten sites, with the source's own weights."""
     out: Changes = {}
     for name, (one, latents) in given.items():
         form = Latent(latents.rank, latents.rope_dim)
@@ -57,7 +57,7 @@ def changed(model: PreTrainedModel, given: Mapping[str, tuple[Site, Latents]]) -
 
 
 def refitted(changes: Changes, factor: float = 1.1) -> Changes:
-    """Other output projections than the source's."""
+    """Other output projections than the source's: where those are taken, it shows."""
     return {
         name: (one, replace(new, weights=replace(new.weights, out=factor * new.weights.out)))
         for name, (one, new) in changes.items()

@@ -109,6 +109,18 @@ def test_care_keeps_the_most_of_the_activations() -> None:
     assert care < 0.9 * plain
 
 
+def test_care_apart_gives_keys_and_values_a_half_each() -> None:
+    """Values of rank 1 and keys of any rank: of 8 numbers the last 4 hold values and nothing else, the first 4 keys."""
+    site, w = drawn(half_rope(4))
+    thin = w.v.weight.flatten(0, 1)[:, :1] @ w.v.weight.flatten(0, 1)[:1]
+    w = replace(w, v=Heads(thin.reshape(w.v.weight.shape), None, w.v.gain))
+    latents = CARE(0.25, apart=True).rewrite(site, w, seen(site, w)).latents
+    assert latents is not None
+    assert (latents.down[:4, 16:].norm(), latents.down[4:, :16].norm()) == (0, 0)
+    lost = w.v.weight.flatten(0, 1) - latents.up_v.flatten(0, 1) @ latents.down[:, 16:] @ w.v.weight.flatten(0, 1)
+    assert float(lost.norm()) < 1e-9
+
+
 def shared(w: Weights, share: Tensor) -> Weights:
     """Pair j of head i is share[i, j] times pair 0 of head 0 (half layout, two pairs)."""
     first = w.k.weight[0][[0, 2]]

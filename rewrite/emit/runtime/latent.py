@@ -107,6 +107,9 @@ class Latent(nn.Module):
             out, weights = kernel(Shown(module, self.heads), q, held, values, mask, **kwargs)
             return torch.einsum("bthr,hdr->bthd", out, self.up_v), weights
         kwargs["is_causal"] = False
+        bias = kwargs.get("position_bias")
+        if bias is not None:
+            kwargs["position_bias"] = bias.expand(-1, self.heads, -1, -1).transpose(1, 2)
         if mask is not None:
             mask = mask.expand(-1, self.heads, -1, -1).transpose(1, 2)
         out, weights = kernel(Shown(module, 1), q.transpose(1, 2), held, values, mask, **kwargs)
@@ -176,9 +179,10 @@ class Rebuilt(Latent):
 def probabilities(module: Any, products: Tensor, mask: Tensor | None, kwargs: Any) -> Tensor:
     """(batch, h, 1, tokens) as an attention kernel makes them of products of queries and keys."""
     scores = products * kwargs["scaling"]
-    cap, sinks = kwargs.get("softcap"), getattr(module, "sinks", None)
+    cap, sinks, bias = kwargs.get("softcap"), getattr(module, "sinks", None), kwargs.get("position_bias")
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
+    scores = scores if bias is None else scores + bias
     if mask is not None:
         mask = mask[..., : scores.shape[-1]]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

@@ -20,8 +20,8 @@ KERNEL = "reattn_latent"
 class Enter:
     """Forward pre-hook of an attention module: its caches become views, its rope table one that does not turn.
 
-    `rope` is the table's name, its place, which columns turn the cached channels, and the factor that cos and sin
-    carry; None where the module has none."""
+    `rope` is the table's name, its place, which columns turn the cached channels and which way, and the factor that
+    cos and sin carry; None where the module has none."""
 
     def __init__(self, rope: dict[str, Any] | None) -> None:
         self.rope = rope
@@ -50,7 +50,7 @@ class Enter:
             return table
         cos, sin = table
         columns, factor = self.rope["columns"], self.rope["factor"]
-        latent.call.cos, latent.call.sin = cos[..., columns] / factor, sin[..., columns] / factor
+        latent.call.cos, latent.call.sin = cos[..., columns] / factor, sin[..., columns] * (self.rope["sign"] / factor)
         return torch.full_like(cos, factor), torch.zeros_like(sin)
 
 
