@@ -218,9 +218,9 @@ The published methods are written anew from their descriptions in `bench/peers/`
 of the stacked key and value projections; CARE (arXiv 2603.17946), the same in the metric of the inputs, keys and values
 together or apart, one rank for all layers; TransMLA (arXiv 2502.07864), the best of six settings of folding; MHA2MLA
 (arXiv 2502.14837), the best number of turning pairs. Settings are chosen on held-out text, which favours them. Behind a
-qk-norm all of them work on the normed keys, which is kinder than what was published. None of them refits the output
-projection: those rows add it, to be fair. Keys rebuilt: the cache holds a latent alone, and keys are expanded and
-turned at every step; all other rows decode in the latent space.
+qk-norm TransMLA and MHA2MLA work on the normed keys, which is kinder than what was published. None of them refits the
+output projection: those rows add it, to be fair. Keys rebuilt: the cache holds a latent alone, and keys are expanded,
+normed and turned at every step; all other rows decode in the latent space.
 
 {made}
 """

@@ -7,6 +7,7 @@ calibration has seen. The table goes to standard output and, for a whole run, in
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -76,20 +77,33 @@ def held_out(folder: Path, text: Path) -> Tensor:
     return ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
 
-def measured(models: Path, kinds: Sequence[str], heads: Sequence[int], samples: int) -> tuple[Ratios, dict[str, float]]:
+def known(results: Path | None) -> dict[tuple[str, int, str], float]:
+    """What an earlier run has left in its file: a line of JSON a cell."""
+    lines = results.read_text("utf-8").splitlines() if results is not None and results.exists() else []
+    return {(kind, heads, label): ratio for kind, heads, label, ratio in map(json.loads, lines)}
+
+
+def measured(
+    models: Path, kinds: Sequence[str], heads: Sequence[int], samples: int, results: Path | None = None
+) -> tuple[Ratios, dict[str, float]]:
     """Perplexity ratios by (model, kv heads, method), and the originals' perplexities."""
-    ratios: dict[tuple[str, int, str], float] = {}
+    ratios = known(results)
     base: dict[str, float] = {}
     for kind in kinds:
         rows = held_out(models / kind, models / "held_out.txt")
         base[kind] = perplexity(AutoModelForCausalLM.from_pretrained(models / kind), rows)
         for kv_heads in heads:
             for method in METHODS:
+                if (kind, kv_heads, method.label) in ratios:
+                    continue
                 start = time.perf_counter()
                 model = converted(models / kind, method, kv_heads, models / "calibration.txt", samples)
                 ratio = perplexity(model, rows) / base[kind]
                 ratios[kind, kv_heads, method.label] = ratio
                 took = time.perf_counter() - start
+                if results is not None:
+                    with results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([kind, kv_heads, method.label, ratio]) + "\n")
                 print(f"{kind} {kv_heads} {method.label}: {ratio:.4f} ({took:.0f} s)", file=sys.stderr, flush=True)
     return ratios, base
 
@@ -136,10 +150,11 @@ def main() -> None:
     parser.add_argument("--only", choices=MODELS, action="append")
     parser.add_argument("--heads", type=int, action="append")
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--results", type=Path, help="a file of cells that are known; new ones are added")
     args = parser.parse_args()
     torch.set_num_threads(1)
     kinds, heads = tuple(args.only or MODELS), tuple(args.heads or HEADS)
-    ratios, base = measured(args.models, kinds, heads, args.samples)
+    ratios, base = measured(args.models, kinds, heads, args.samples, args.results)
     made = table(ratios, base, heads)
     print(made)
     if kinds == MODELS and heads == HEADS:

@@ -14,7 +14,7 @@ import torch
 from passes.mla_absorb import Absorber, Setting
 from passes.mla_exact import exact
 from passes.mla_influence import influence, mixed
-from passes.mla_polish import polish
+from passes.mla_polish import affordable, polish
 from passes.mla_refuse import refuse_site, refuse_size
 from passes.mla_scene import Scene, error, measure, scenes
 from passes.mla_search import ALONE, Trials, enough, search, search_factor, settings
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from passes import Stats
 
 Form = Literal["absorbed", "rebuilt"]
-POLISH_TOKENS = 8192
-"""Calibration tokens on which maps are polished."""
+POLISH_TOKENS = 16384
+"""Calibration tokens whose keys and values a polish sees."""
+POLISH_EVERY = 3
+"""One query of so many is looked at: neighbours in a text tell much the same, and the keys are all there."""
+CHOOSING = 2
+"""Steps after which the better of two splits is known."""
 TRIAL_TOKENS = 4096
 """Calibration tokens on which settings are measured."""
 
@@ -150,36 +154,56 @@ class MLA:
         stage = [*scenes(stats, weights, TRIAL_TOKENS)]
         felt = influence(stage, seen)
         seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
-        latents = self._searched(Absorber(seen, felt.value_share), weights, stage, shape)
+        absorber = Absorber(seen, felt.value_share)
+        setting = self._searched(absorber, weights, stage, shape)
+        latents = self._made(absorber, setting, shape)
         made = shifted(seen, weights, latents)
         if not self.refit:
             return latents, made, []
         if self.polish and not self._rebuilt:
-            polishing = [*scenes(stats, weights, POLISH_TOKENS, every=2)]
-            latents, made = polish(polishing, latents, made, self.polish)
+            latents, made = self._polished(absorber, weights, stats, setting, shape)
         made, note = refit(made, measure(scenes(stats, weights), latents, made))
         return latents, made, [f"{site.name}: {note}"] if note and not self.polish else []
+
+    def _polished(
+        self, absorber: Absorber, weights: Weights, stats: Stats, setting: Setting, shape: Shape
+    ) -> tuple[Latents, Weights]:
+        """The latent after a few steps on its maps, from the split that then loses least: a polished latent makes up
+        for some of what does not turn, so that fewer channels may serve better than the closed form says."""
+        settings = [setting]
+        if self._fixed(shape) is None and setting.rope_dim >= 8:
+            settings.append(replace(setting, rope_dim=setting.rope_dim * 3 // 8 * 2))
+        starts = [absorber.latents(s, shape.total) for s in settings]
+        stage = [*scenes(stats, weights, POLISH_TOKENS, every=POLISH_EVERY)]
+        if not affordable(stage, starts[0], self.polish):
+            return starts[0], shifted(absorber.known, weights, starts[0])
+        first = min(self.polish, CHOOSING) if len(starts) > 1 else self.polish
+        tried = [polish(stage, s, shifted(absorber.known, weights, s), first) for s in starts]
+        best = min(tried, key=lambda p: p.error)
+        if first < self.polish:
+            best = polish(stage, best.latents, best.weights, self.polish - first)
+        return best.latents, best.weights
 
     def _alone(self, absorber: Absorber, shape: Shape) -> Latents:
         if self._rebuilt:
             return absorber.rebuilt(ALONE, shape.rank)
         return absorber.latents(settings(absorber, shape.total, ALONE, self._fixed(shape)), shape.total)
 
-    def _searched(self, absorber: Absorber, weights: Weights, stage: Sequence[Scene], shape: Shape) -> Latents:
-        """The latent with the least measured error."""
-
-        def made(setting: Setting) -> Latents:
-            if self._rebuilt:
-                return absorber.rebuilt(setting.factor, shape.rank)
-            return absorber.latents(setting, shape.total)
+    def _searched(self, absorber: Absorber, weights: Weights, stage: Sequence[Scene], shape: Shape) -> Setting:
+        """The setting with the least measured error."""
 
         def lost(setting: Setting) -> float:
-            latents = made(setting)
+            latents = self._made(absorber, setting, shape)
             return error(stage, latents, shifted(absorber.known, weights, latents))
 
         if self._rebuilt:
-            return made(search_factor(Trials(lost), lambda factor: Setting(factor, False, 0)))
-        return made(search(absorber, shape.total, self._fixed(shape), lost))
+            return search_factor(Trials(lost), lambda factor: Setting(factor, False, 0))
+        return search(absorber, shape.total, self._fixed(shape), lost)
+
+    def _made(self, absorber: Absorber, setting: Setting, shape: Shape) -> Latents:
+        if self._rebuilt:
+            return absorber.rebuilt(setting.factor, shape.rank)
+        return absorber.latents(setting, shape.total)
 
     def _fixed(self, shape: Shape) -> int | None:
         """How many channels turn, where that was asked for."""

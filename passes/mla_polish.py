@@ -30,6 +30,8 @@ ENOUGH = 4
 SETTLED = 0.02
 """A step that changes the error by less than this part is the last."""
 RIDGE = 1e-6
+WORK = 4e12
+"""Floating point operations that a polish may take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +126,34 @@ class _Linear:
     z: Tensor
 
 
-def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: int) -> tuple[Latents, Weights]:
+@dataclass(frozen=True, eq=False)
+class Polished:
+    """A latent with the weights that go with it; `error` is the output's on tokens that did not fit, relative."""
+
+    latents: Latents
+    weights: Weights
+    error: float
+
+
+def affordable(stage: Sequence[Scene], latents: Latents, steps: int) -> bool:
+    """Whether the steps take no more than some minutes of one core."""
+    width = latents.rank + latents.rope_dim
+    each = sum(
+        2 * s.added.numel() * (s.q.shape[-1] + latents.rope_dim + latents.up_v.shape[1])
+        + 2 * s.y.shape[0] * s.y.shape[1] * (s.y.shape[2] * width + latents.read.numel() + latents.up_v.numel())
+        for s in stage
+    )
+    return 3 * each * steps * INNER <= WORK
+
+
+def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: int) -> Polished:
     """The latent and the output projection with less error on unseen tokens, or as they were."""
     white, stage = whitened(stage)
     problem = _Problem(stage, latents, weights.out_bias is not None)
     maps, out = white.enter(latents), _flat(weights)
     start = problem.at(maps, out)
     if start.judges < NEGLIGIBLE or problem.equations < ENOUGH * sum(m.numel() for m in maps.parts):
-        return latents, weights
+        return Polished(latents, weights, start.judges)
     now = problem.solve(maps, out)
     damping = DAMPING
     for _ in range(steps):
@@ -141,11 +163,11 @@ def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: in
         if abs(gain) < SETTLED:
             break
     if not now.judges < start.judges:
-        return latents, weights
+        return Polished(latents, weights, start.judges)
     o, h, dv = weights.out.shape
     bias = now.out[:, -1] if weights.out_bias is not None else None
     made = replace(weights, out=now.out[:, : h * dv].reshape(o, h, dv), out_bias=bias)
-    return white.leave(now.maps, latents), made
+    return Polished(white.leave(now.maps, latents), made, now.judges)
 
 
 def _flat(weights: Weights) -> Tensor:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from passes import Target
 from passes.assign import holds_cache
 from passes.sizes import Source, count, describe, parameters, saved, shape
-from passes.verdict import no_attention, nothing_applies, require_space
+from passes.verdict import no_attention, nothing_applies, offer, require_space
 from rewrite.errors import ReattnError
 from rewrite.machine import Machine, this_machine
 from rewrite.program import Program
 from rewrite.record import to_json
 from rewrite.report import Pair, SiteRow
 from rewrite.runtimes import runtimes
-from rewrite.site import Refusal, Sink, Site
+from rewrite.site import Latent, Refusal, Sink, Site
 from rewrite.table import change, columns, fold, memory, number, size
 from rewrite.text import mod_text, norm_text, rope_text
 
@@ -124,15 +124,18 @@ class Plan:
         return columns(rows)
 
     def _totals(self) -> str:
+        latent = any(isinstance(s.form, Latent) for s in self.after)
+        free = offer(self.sites) if self.source.generates and not latent else None
+        offered = [] if free is None else [f"offer    {free}"]
         if not self.target:
-            return f"next     reattn plan {self.source.label} --to gqa:N"
+            return "\n".join([*offered, f"next     reattn plan {self.source.label} --to gqa:N"])
         w, c = self.weights, self.cache
         rows = [["", "now", "after"], ["weights", size(w.before), size(w.after), change(w.before, w.after)]]
         if c.before:
             note = f"at {self.context:,} tokens, batch 1, {self.source.kind}"
             rows.append(["kv cache", memory(c.before), memory(c.after), change(c.before, c.after), note])
         lines = [columns(rows, indent=0)]
-        lines.append("quality  lossy; `convert` measures it")
+        lines += ["quality  lossy; `convert` measures it", *offered]
         for i, line in enumerate(self.runs_in):
             lines.append(("runs in  " if i == 0 else "         ") + line)
         lines += [self._needs(), f"{self.converted} of {len(self.rows) + len(self.refused)} converted."]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from passes.assign import holds_cache
+from passes.mla import MLA
 from passes.sizes import Source, count
 from rewrite.errors import OutOfSpace, ReattnError, Refused
+from rewrite.site import Latent, Site
 from rewrite.table import size
 
 if TYPE_CHECKING:
@@ -41,6 +46,20 @@ def nothing_applies(plan: Plan) -> ReattnError | None:
         *lines,
         f"list them: reattn plan {plan.source.label}",
     )
+
+
+def offer(sites: Sequence[Site]) -> str | None:
+    """What a latent holds without any loss, in a line, where that is less than the cache holds now: keys and values
+    that do not turn are a linear function of what their projections read, often of half as many numbers."""
+    target, holding = MLA(cache=1.0), [s for s in sites if holds_cache(s)]
+    fits = [s for s in holding if not isinstance(s.form, Latent) and target.refuse(s) is None]
+    least = {s.name: target.after(s).cache_per_token / s.cache_per_token for s in fits}
+    smaller = [share for share in least.values() if share < 1]
+    if not smaller:
+        return None
+    share = ceil(1000 * max(smaller)) / 1000
+    many = count(len(smaller), "site")
+    return f"mla:cache={share:g} at {many} loses nothing: what they cache is a linear function of fewer numbers"
 
 
 def require_space(plan: Plan, out: Path) -> None:
