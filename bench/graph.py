@@ -41,7 +41,7 @@ class Source:
     found: Found
     calibration: Sequence[Batch]
     rows: Tensor
-    """(windows, CONTEXT) held-out tokens"""
+    """(windows, CONTEXT) held-out tokens; windows of calibration are as long"""
     base: float
     """Perplexity as it is"""
 
@@ -102,7 +102,7 @@ class Source:
     def _leave(self, stream: Stream, part: Slice, change: Change) -> None:
         made = change.rewritten
         edits = expanded(part.site, made.weights, made.site.kv_of, self._tensors)
-        stream.leave(part, edits, None if made.latents is None else _inner(part.site, made.latents))
+        stream.leave(part, edits, None if made.latents is None else _inner(part.site, made.latents, self.rows.shape[1]))
 
     def _logits(self, changes: Mapping[str, Change], ids: Tensor) -> Tensor:
         machine, slices = self._slices()
@@ -127,23 +127,25 @@ def source(models: Path, kind: str, samples: int, windows: int | None = None) ->
     return Source(kind, program, find(program.static), given, rows, perplexity(opened.working, rows))
 
 
-def _inner(site: Site, latents: Latents) -> Callable[[SiteBatch], Tensor]:
+def _inner(site: Site, latents: Latents, length: int) -> Callable[[SiteBatch], Tensor]:
     if site.mods or site.mask.origin != "constant":
         return lambda batch: heads_outputs(latents, batch)
-    return lambda batch: _direct(latents, batch)
+    return lambda batch: _direct(latents, batch, length)
 
 
-def _direct(latents: Latents, batch: SiteBatch) -> Tensor:
-    """(tokens, h, dv) in float32, where the mask hangs on positions alone."""
-    site, t = batch.site, batch.q.shape[2]
-    seen = torch.from_numpy(site.mask.table(t, t))
-    q = batch.q.float() * uniform(site.q.after) * uniform(site.k.after)
-    y = features(batch.k.float(), batch.v.float())
-    return (
-        attention(latents, site, q, y, added=torch.zeros(t, t).masked_fill(~seen, -torch.inf))
-        .transpose(1, 2)
-        .flatten(0, 1)
-    )
+def _direct(latents: Latents, batch: SiteBatch, length: int) -> Tensor:
+    """(tokens, h, dv) in float32, where the mask hangs on positions alone; windows of `length` tokens, which a
+    projection that takes rows of tokens gives one after the other."""
+
+    def apart(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1).unflatten(0, (-1, length)).transpose(1, 2).float()
+
+    site = batch.site
+    seen = torch.from_numpy(site.mask.table(length, length))
+    added = torch.zeros(length, length).masked_fill(~seen, -torch.inf)
+    q = apart(batch.q) * uniform(site.q.after) * uniform(site.k.after)
+    z = attention(latents, site, q, features(apart(batch.k), apart(batch.v)), added=added)
+    return z.transpose(1, 2).flatten(0, 1)
 
 
 def _scores(machine: Machine, ids: Tensor) -> Node:

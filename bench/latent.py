@@ -133,12 +133,12 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# The latent at its lossless limit, by model type",
         "",
-        "Written by `python -m bench.latent`. Tiny random models, one row padded on the left, "
-        + f"{STEPS} greedy tokens;",
-        "*absorbed* and *rebuilt*: largest difference of the logits at `mla:cache=1`, relative. *Held*: bytes of the cache",
-        f"at `mla:cache=0.25` over the original's. torch {torch.__version__}, transformers {transformers.__version__}.",
+        f"Written by `python -m bench.latent`. Tiny random models, one row padded on the left, {STEPS} greedy tokens.",
+        "*absorbed*, *rebuilt*: largest relative difference of the logits at `mla:cache=1`, and how many sites. *Held*:",
+        "bytes of the cache at `mla:cache=0.25` over those of the original: as planned, but for cross attention.",
+        f"torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
-        f"{len(done)} of {len(rows)} types get a latent, {len(whole)} of them absorbed; wrong: {', '.join(wrong) or 'none'}.",
+        f"{len(done)} of {len(rows)} types get a latent, {len(whole)} absorbed; wrong: {', '.join(wrong) or 'none'}.",
         "",
         "| type | sites | absorbed | rebuilt | tokens | held | why not |",
         "|---|---|---|---|---|---|---|",

@@ -18,6 +18,9 @@ WIDENINGS = 6
 """Steps beyond the first factors."""
 GRID = 8
 """Splits whose expected loss is computed."""
+WIDE = 1024
+"""Features beyond which few settings are tried."""
+WIDE_FACTORS = (0.3, 1.0, 3.0)
 Error = Callable[[Setting], float]
 
 
@@ -30,9 +33,15 @@ def settings(absorber: Absorber, total: int, factor: float, rope_dim: int | None
 
 
 def grid(absorber: Absorber, total: int) -> Sequence[int]:
-    """Even numbers of turned channels from 0 to as many as there can be."""
+    """Even numbers of turned channels from 0 to as many as there can be; of wide sites fewer."""
+    points = GRID // 2 if wide(absorber) else GRID
     top = min(total - 1, turning(absorber.known.site)) // 2 * 2
-    return sorted({round(i * top / GRID / 2) * 2 for i in range(GRID + 1)})
+    return sorted({round(i * top / points / 2) * 2 for i in range(points + 1)})
+
+
+def wide(absorber: Absorber) -> bool:
+    """Every trial takes seconds."""
+    return len(absorber.known.mean) > WIDE
 
 
 def enough(absorber: Absorber, keep: float, rebuilt: bool) -> Shape:
@@ -70,6 +79,14 @@ class Trials:
 def search(absorber: Absorber, total: int, rope_dim: int | None, error: Error) -> Setting:
     """Factor, then stand-in, then split, each with the least measured error."""
     trials = Trials(error)
+    if wide(absorber):
+        start = settings(absorber, total, 1.0, rope_dim)
+        now = trials.best(replace(start, factor=f) for f in WIDE_FACTORS)
+        step = max(grid(absorber, total)) // GRID // 2 * 2
+        near = () if rope_dim is not None or not step else (-step, step)
+        return trials.best(
+            replace(now, rope_dim=min(max(now.rope_dim + d, 0), max(grid(absorber, total)))) for d in near
+        )
     now = search_factor(trials, lambda factor: settings(absorber, total, factor, rope_dim))
     if not turning(absorber.known.site):
         return now

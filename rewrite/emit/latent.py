@@ -225,8 +225,8 @@ def module_tensors(site: Site, latents: Latents, factor: float) -> dict[str, Ten
     down[:, : site.k.heads * site.k.dim] /= factor
     out = {"down": down, "up_v": latents.up_v}
     if latents.up_k is not None:
-        return {name: value.float() for name, value in (out | {"up_k": latents.up_k * factor}).items()}
+        return {name: value.float().contiguous() for name, value in (out | {"up_k": latents.up_k * factor}).items()}
     out["read"] = latents.read * factor
     if latents.rope_dim:
         out["query_turn"] = latents.query_turn * factor
-    return {name: value.float() for name, value in out.items()}
+    return {name: value.float().contiguous() for name, value in out.items()}

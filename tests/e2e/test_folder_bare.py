@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from passes.mla import MLA
 from rewrite.emit import emit
 from rewrite.emit.reading import for_older_readers
 from rewrite.emit.validate import cache_bytes, greedy
 from tests import bare
 from tests.contract.by_hand import changes
+from tests.contract.test_latent import made as latent
 from tests.contract.tiny import ALL, inputs
 
 CHILD = """
@@ -37,22 +40,32 @@ for top in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 
 
 NAMES = ("qwen3", "gpt2", "bloom", "bart")
+LATENT = (
+    ("llama-gqa-sdpa", MLA(cache=0.5)),
+    ("qwen3-sdpa", MLA(cache=0.5, form="rebuilt")),
+    ("bloom-eager", MLA(cache=0.5)),
+    ("bart-sdpa", MLA(cache=0.5)),
+)
 
 
 def test_bare_process(tmp_path: Path) -> None:
     """One process for all folders: starting it takes longest."""
-    emitted = {}
+    emitted: dict[str, Any] = {}
     for name in NAMES:
         model, sites = ALL[name]()
-        emitted[name] = emit(model, changes(model, sites, 2), inputs(model)).model
+        emitted[name] = emit(model, changes(model, sites, 2), inputs(model)).model, inputs(model)
+    for name, target in LATENT:
+        _, given, made = latent(name, target)
+        emitted[f"{name}-{target.form}"] = made.model, {n: v for n, v in given.items() if n != "use_cache"}
+    for name, (made, given) in emitted.items():
         folder = tmp_path / "models" / name / "half.of.it"
-        emitted[name].save_pretrained(folder)
+        made.save_pretrained(folder)
         for_older_readers(folder)
-        torch.save(inputs(model), folder.parent / "inputs.pt")
+        torch.save(given, folder.parent / "inputs.pt")
     done = bare.run(CHILD, str(tmp_path / "models"))
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, made in emitted.items():
-        expected = greedy(made, inputs(made), 8)
+    for name, (made, given) in emitted.items():
+        expected = greedy(made, given, 8)
         for place in ("half.of.it", "again.1"):
             folder = tmp_path / "models" / name / place
             found = torch.load(f"{folder}.out.pt")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from codegen.latent import attention, features
 from passes.mla import MLA
+from passes.moments import NEEDS, frequencies
 from passes.trial import trial
 from rewrite.heads import Heads, Rewritten, Weights
 from rewrite.layout import gather
@@ -220,3 +221,18 @@ def test_keeping_more_takes_more(form: str) -> None:
     assert sizes[0] < sizes[2] <= MLA(keep=0.8, form=form).after(site).cache_per_token
     assert error(site, w, made[2]) < 1e-9
     assert error(site, w, made[1]) < error(site, w, made[0])
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_the_sums_are_what_loops_give(rope: str) -> None:
+    site, w = drawn(rope, kv_heads=2)
+    stats = stats_of(site, w)
+    batch = next(iter(stats.batches()))
+    rows = torch.cat([features(batch.k, batch.v), torch.ones(4, 24, 1).double()], -1).flatten(0, 1)
+    assert torch.allclose(NEEDS["kv_gram"](batch), sum(torch.outer(r, r) for r in rows))
+    turns, p = torch.view_as_complex(NEEDS["turns"](batch)), batch.p()
+    want = torch.zeros_like(turns)
+    for t, s in np.ndindex(24, 24):
+        angle = (s - t) * torch.cat([frequencies(site.k), torch.zeros(1).double()])
+        want += p[:, :, t, s].sum(0)[:, None] * torch.polar(torch.ones_like(angle), angle)
+    assert torch.allclose(turns, want)
