@@ -23,6 +23,9 @@ How = Literal["auto", "stock", "own"]
 """Of a latent: a class of the library that engines load, the model's own class with a modelling file, or the first
 where an engine's sizes hold it without loss and the second else."""
 
+PADDING = 1.25
+"""How much wider than asked for a cache may be for the sake of an engine's sizes."""
+
 
 def emit(program: Program, changes: Mapping[str, Change], planned: Plan, how: How = "auto") -> tuple[nn.Module, Plan]:
     """The new model, and the plan with the form that each site got. A module without a config becomes a graph."""
@@ -36,7 +39,7 @@ def emit(program: Program, changes: Mapping[str, Change], planned: Plan, how: Ho
     else:
         emitted = emit_heads(program.module, pairs, program.kwargs)
     forms = {n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}
-    planned = planned.emitted(forms, emitted.refused)
+    planned = planned.emitted(forms, emitted.refused, emitted.held)
     require(planned)
     return emitted.model, planned
 
@@ -46,7 +49,10 @@ def _latent(model: PreTrainedModel, pairs: Changes, program: Program, how: How) 
     own = emit_latent(model, pairs, program.kwargs)
     if how == "own" or not own.forms:
         return own
-    stock = _stock(model, pairs, program, own) if not own.refused else "not every attention of the model is converted"
+    if own.refused:
+        stock: Emitted | str = f"{len(own.refused)} attentions of the model are not converted"
+    else:
+        stock = _stock(model, pairs, program, own, how)
     if isinstance(stock, Emitted):
         return stock
     if how == "stock":
@@ -54,14 +60,24 @@ def _latent(model: PreTrainedModel, pairs: Changes, program: Program, how: How) 
     return Emitted(own.model, own.forms, {n: (f"stock: {stock}",) for n in own.forms}, own.refused)
 
 
-def _stock(model: PreTrainedModel, pairs: Changes, program: Program, own: Emitted) -> Emitted | str:
+def _stock(model: PreTrainedModel, pairs: Changes, program: Program, own: Emitted, how: How) -> Emitted | str:
+    """At the sizes that engines take where those are not much larger than what was asked for; else, where the class
+    itself was asked for, as small as the class can be."""
+    asked = max(new.site.cache_per_token for _, new in pairs.values())
     made = deepseek(model, pairs, engines=True)
-    if isinstance(made, Stock):
-        problem = differs_in_logits(own.model, made.model, padded(program.kwargs))
-        if problem is None:
-            return Emitted(made.model, dict.fromkeys(pairs, "deepseek"), dict.fromkeys(pairs, made.notes), {})
+    why = ""
+    if isinstance(made, Stock) and made.held > PADDING * asked:
+        made = f"engines take {made.held} numbers a token and layer, {asked} were asked for"
+    if isinstance(made, str) and how == "stock":
+        why, made = f"for transformers alone: {made}", deepseek(model, pairs)
+    if isinstance(made, str):
+        return made
+    problem = differs_in_logits(own.model, made.model, padded(program.kwargs))
+    if problem is not None:
         return problem
-    return made
+    notes = (why, *made.notes) if why else made.notes
+    held = dict.fromkeys(pairs, made.held)
+    return Emitted(made.model, dict.fromkeys(pairs, "deepseek"), dict.fromkeys(pairs, notes), {}, held)
 
 
 def forecast(module: nn.Module, pairs: Mapping[str, tuple[Site, Site]]) -> dict[str, tuple[str, str]]:

@@ -15,10 +15,10 @@ from passes.mla_absorb import Absorber, Setting
 from passes.mla_exact import exact
 from passes.mla_influence import influence, mixed
 from passes.mla_polish import affordable, polish
-from passes.mla_refuse import refuse_site, refuse_size
+from passes.mla_refuse import refuse_even, refuse_site, refuse_size
 from passes.mla_scene import Scene, error, measure, scenes
 from passes.mla_search import ALONE, Trials, enough, search, search_factor, settings
-from passes.mla_shape import Shape, budget, lossless, split
+from passes.mla_shape import Shape, budget, even_split, lossless, split
 from passes.mla_source import Known, known
 from passes.refit import refit
 from rewrite.heads import Latents, Rewritten, Weights
@@ -44,8 +44,10 @@ class MLA:
     calibration splits it) and `keep` (a share of what the output hangs on) says how small; each may be one per site.
 
     `form`: "absorbed" reads the latent as it is, so that decoding runs in it; "rebuilt" expands keys at every step and
-    turns them, which loses less and computes more. `refit` solves the output projection anew on the calibration;
-    `polish` is the most Gauss-Newton steps on the attention's own output error, 0 for none.
+    turns them, which loses less and computes more. `even` keeps one turned channel of each of evenly spaced
+    frequencies, as serving engines turn them (docs/serving.md); it loses more than the channels worth most.
+    `refit` solves the output projection anew on the calibration; `polish` is the most Gauss-Newton steps on the
+    attention's own output error, 0 for none.
     """
 
     name: ClassVar[str] = "mla"
@@ -56,6 +58,7 @@ class MLA:
     keep: float | None = None
     cache: float | tuple[float, ...] | None = None
     form: Form = "absorbed"
+    even: bool = False
     refit: bool = True
     polish: int = 5
 
@@ -70,6 +73,8 @@ class MLA:
         for name, share in (("keep", self.keep), ("cache", self.cache)):
             if any(not 0 < s <= 1 for s in _each(share)):
                 raise ValueError(f"{name} must be more than 0 and at most 1, got {share}")
+        if self.even and (self.form == "rebuilt" or self.keep is not None):
+            raise ValueError("even chooses channels of the absorbed form at a given rank or cache")
         if self.form not in ("absorbed", "rebuilt"):
             raise ValueError(f"form must be absorbed or rebuilt, got {self.form}")
 
@@ -96,6 +101,8 @@ class MLA:
         if reason is None and isinstance(self.rank, int):
             dim = self.rope_dim if isinstance(self.rope_dim, int) else None
             reason = refuse_size(site, self.rank, dim, self._rebuilt)
+        if reason is None and self.even and isinstance(self.rank, int) and isinstance(self.rope_dim, int):
+            reason = refuse_even(site, self.rope_dim)
         if reason is None and isinstance(self.cache, float | int) and budget(site, self.cache) < 2:
             reason = f"{self.cache:g} of its {site.cache_per_token} cached numbers is less than 2"
         return reason
@@ -134,6 +141,8 @@ class MLA:
     def _shape(self, site: Site) -> Shape:
         if isinstance(self.rank, int):
             return Shape(self.rank, self.rope_dim if isinstance(self.rope_dim, int) else 0)
+        if isinstance(self.cache, float | int) and self.even:
+            return even_split(site, budget(site, self.cache))
         if isinstance(self.cache, float | int):
             return split(site, budget(site, self.cache), self._rebuilt)
         return lossless(site, self._rebuilt)
@@ -143,7 +152,7 @@ class MLA:
     ) -> tuple[Latents, Weights, list[str]]:
         site = seen.site
         seen = replace(seen, centred=seen.centred and not (self._rebuilt and site.k.rope is not None))
-        absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64))
+        absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64), self.even)
         if self.keep is not None:
             shape = enough(absorber, self.keep, self._rebuilt)
             if shape == lossless(site, self._rebuilt):
@@ -154,7 +163,7 @@ class MLA:
         stage = [*scenes(stats, weights, TRIAL_TOKENS)]
         felt = influence(stage, seen)
         seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
-        absorber = Absorber(seen, felt.value_share)
+        absorber = Absorber(seen, felt.value_share, self.even)
         setting = self._searched(absorber, weights, stage, shape)
         latents = self._made(absorber, setting, shape)
         made = shifted(seen, weights, latents)
@@ -207,7 +216,7 @@ class MLA:
 
     def _fixed(self, shape: Shape) -> int | None:
         """How many channels turn, where that was asked for."""
-        return shape.rope_dim if self.rank is not None else None
+        return shape.rope_dim if self.rank is not None or self.even else None
 
 
 def shifted(seen: Known, weights: Weights, latents: Latents) -> Weights:

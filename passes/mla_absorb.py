@@ -45,8 +45,14 @@ class Channels:
     gain: Tensor
     """(pairs, g) what is lost where the channel does not turn"""
 
-    def best(self, count: int) -> Tensor:
-        """(pairs, g) bool: the `count` channels worth most."""
+    def best(self, count: int, even: bool = False) -> Tensor:
+        """(pairs, g) bool: the `count` channels worth most; `even`: the best one of each of as many pairs, at equal
+        distances."""
+        if even and count:
+            pairs = torch.arange(0, len(self.gain), len(self.gain) // count)
+            kept = torch.zeros(self.gain.shape, dtype=torch.bool)
+            kept[pairs, self.gain.argmax(1)[pairs]] = True
+            return kept
         kept = torch.zeros(self.gain.numel(), dtype=torch.bool)
         kept[self.gain.reshape(-1).argsort(descending=True, stable=True)[:count]] = True
         return kept.reshape(self.gain.shape)
@@ -59,6 +65,8 @@ class Absorber:
     known: Known
     value_share: Tensor
     """(h,) factor of the values' costs"""
+    even: bool = False
+    """One channel of each of evenly spaced frequencies, in place of those worth most."""
 
     @cached_property
     def _channels(self) -> dict[bool, Channels]:
@@ -95,7 +103,7 @@ class Absorber:
         """(features + 1,) the same for every rank from 0 on."""
         values = torch.linalg.eigvalsh(self._gram(self._features(setting))).clamp(min=0)
         channels = self._channels[setting.mean_phase]
-        rest = setting.factor * channels.gain[~channels.best(setting.rope_dim // 2)].sum()
+        rest = setting.factor * channels.gain[~channels.best(setting.rope_dim // 2, self.even)].sum()
         return torch.cat([values.cumsum(0).flip(0), torch.zeros(1, dtype=values.dtype)]) + rest
 
     def latents(self, setting: Setting, total: int) -> Latents:
@@ -135,7 +143,7 @@ class Absorber:
         g, d = site.k.heads, site.k.dim
         channels = self._channels[setting.mean_phase]
         root, inverse = self._key_roots(setting.mean_phase)
-        rest = self._rest(channels, channels.best(setting.rope_dim // 2))
+        rest = self._rest(channels, channels.best(setting.rope_dim // 2, self.even))
         keys = torch.einsum("gij,gjx->gix", root, rest.reshape(g, d, -1)).reshape(g * d, -1) * setting.factor**0.5
         cost = per_kv_head(site, known.value_cost * self.value_share[:, None, None])
         value_root, value_inverse = rooted(cost)
@@ -194,7 +202,7 @@ class Absorber:
         known, site = self.known, self.known.site
         channels = self._channels[setting.mean_phase]
         g, d, kv = site.k.heads, site.k.dim, list(site.kv_of)
-        j, at = channels.best(setting.rope_dim // 2).nonzero(as_tuple=True)
+        j, at = channels.best(setting.rope_dim // 2, self.even).nonzero(as_tuple=True)
         u, omega = channels.u[j, :, at].conj(), channels.omega[j]
         k_start, q_start = (_start(rope)[j, None] if rope is not None else 0.0 for rope in (site.k.rope, site.q.rope))
         key, query = u * omega * k_start, (u / omega)[:, kv] * q_start

@@ -26,6 +26,15 @@ def refuse_size(site: Site, rank: int, rope_dim: int | None, rebuilt: bool) -> s
     return None
 
 
+def refuse_even(site: Site, rope_dim: int) -> str | None:
+    """Why `rope_dim` numbers cannot be channels of evenly spaced frequencies."""
+    pairs = 0 if site.k.rope is None else len(site.k.rope.pairs)
+    fits = [2 * n for n in range(1, pairs + 1) if pairs % n == 0]
+    if rope_dim in fits or (rope_dim == 0 and not pairs):
+        return None
+    return f"rope_dim is {rope_dim}, which takes no evenly spaced ones of its {pairs} frequencies; possible: {fits}"
+
+
 def _refuse_parts(site: Site) -> str | None:
     if isinstance(site.form, Latent):
         return f"it caches a latent of {site.form.rank} and {site.form.rope_dim} numbers already"

@@ -74,6 +74,14 @@ def split(site: Site, total: int, rebuilt: bool) -> Shape:
     return Shape(total - turned, turned)
 
 
+def even_split(site: Site, total: int) -> Shape:
+    """The shape of a budget with one turned channel of each of evenly spaced frequencies."""
+    pairs = 0 if site.k.rope is None else len(site.k.rope.pairs)
+    counts = [n for n in range(1, pairs + 1) if pairs % n == 0 and 2 * n <= max(2, total // TURNING_PART)]
+    turned = 2 * max(counts, default=0)
+    return Shape(min(total - turned, lossless(site, False).rank), turned)
+
+
 def budget(site: Site, cache: float) -> int:
     """Numbers per token that a share of the source's cache is."""
     return int(cache * features(site) + 1e-9)

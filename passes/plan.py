@@ -68,14 +68,19 @@ class Plan:
         """What loads the result; each line is held by a test."""
         return runtimes({r.form for r in self.rows if r.converted})
 
-    def emitted(self, forms: Mapping[str, tuple[str, str]], refused: Mapping[str, str]) -> Plan:
-        """The plan with the form that each site got and what it costs; `refused`: name -> why no form computes it."""
+    def emitted(
+        self, forms: Mapping[str, tuple[str, str]], refused: Mapping[str, str], held: Mapping[str, int] | None = None
+    ) -> Plan:
+        """The plan with the form that each site got and what it costs; `refused`: name -> why no form computes it,
+        `held`: numbers cached per token where a form holds more than was asked for."""
         rows: list[SiteRow] = []
         after: list[Site] = []
         for row, old, new in zip(self.rows, self.sites, self.after, strict=True):
             form, cost = forms.get(row.name, ("", row.note))
             stays = row.name in refused
-            rows.append(_stay(row, refused[row.name]) if stays else replace(row, form=form, note=cost))
+            width = (held or {}).get(row.name, row.cache_after)
+            made = replace(row, form=form, note=cost, cache_after=width)
+            rows.append(_stay(row, refused[row.name]) if stays else made)
             after.append(old if stays else new)
         return replace(self, rows=tuple(rows), after=tuple(after))
 

@@ -28,6 +28,11 @@ RUNTIMES = (
         "tests/e2e/test_folder_bare.py::test_bare_process",
     ),
     Runtime(
+        frozenset({"deepseek"}),
+        "transformers, as an ordinary DeepSeek-V3 checkpoint; vLLM and SGLang where the sizes are theirs",
+        "tests/e2e/test_engines_replay.py::test_the_shipped_model",
+    ),
+    Runtime(
         frozenset({"graph"}),
         "Python, as an fx.GraphModule with the signature of the original",
         "tests/unit/test_lower.py::test_graph_equals_the_module_with_repeated_heads",

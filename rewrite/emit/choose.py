@@ -35,6 +35,8 @@ class Emitted:
     forms: Mapping[str, str]
     why: Mapping[str, Sequence[str]]
     refused: Mapping[str, str]
+    held: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Numbers cached per token where the form holds more than the target asked for."""
 
 
 @dataclass

@@ -44,6 +44,12 @@ class Stock:
     model: PreTrainedModel
     notes: tuple[str, ...]
 
+    @property
+    def held(self) -> int:
+        """Numbers cached per token and layer."""
+        config: Any = self.model.config
+        return config.kv_lora_rank + config.qk_rope_head_dim
+
 
 def deepseek(model: PreTrainedModel, changes: Changes, *, engines: bool = False) -> Stock | str:
     """A `DeepseekV3ForCausalLM` that computes the rewritten model, or the sentence why there is none.
