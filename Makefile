@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint bench-quality coverage emission clean
+.PHONY: demo test lint bench-quality coverage emission latent bench-decode clean
 
 .venv: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,12 +23,19 @@ lint: .venv
 
 bench-quality: .venv
 	$(BIN)/python -m bench.quality
+	$(BIN)/python -m bench.mla
 
 coverage: .venv
 	$(BIN)/python -m bench.coverage
 
 emission: .venv
-	$(BIN)/python -m bench.emission
+	$(BIN)/python -m bench.emission --write
+
+latent: .venv
+	$(BIN)/python -m bench.latent --write
+
+bench-decode: .venv
+	$(BIN)/python -m bench.decode --write
 
 clean:
 	rm -rf .venv demo

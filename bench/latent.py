@@ -134,7 +134,7 @@ def page(rows: Sequence[Row]) -> str:
         "# The latent at its lossless limit, by model type",
         "",
         f"Written by `python -m bench.latent`. Tiny random models, one row padded on the left, {STEPS} greedy tokens.",
-        "*absorbed*, *rebuilt*: largest relative difference of the logits at `mla:cache=1`, and how many sites. *Held*:",
+        "*absorbed*, *rebuilt*: largest relative difference of the logits at `mla:cache=1`, and the sites. *Held*:",
         "bytes of the cache at `mla:cache=0.25` over those of the original: as planned, but for cross attention.",
         f"torch {torch.__version__}, transformers {transformers.__version__}.",
         "",

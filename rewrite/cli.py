@@ -139,6 +139,7 @@ def _add_convert(verbs: Any) -> None:
     what.add_argument(
         "--calibrate", metavar="FILE", type=Path, help="text to convert on; without it weights alone decide"
     )
+    what.add_argument("--tune", metavar="STEPS", type=_positive, default=0, help="tune every site on its own (off)")
     where = verb.add_argument_group("Where")
     where.add_argument("out", metavar="OUT", type=Path, help="the new folder; it must not exist")
     where.add_argument("--text", metavar="FILE", type=Path, help="text to measure perplexity on")
@@ -146,7 +147,6 @@ def _add_convert(verbs: Any) -> None:
         "--emit", choices=("auto", "stock", "own"), default="auto", help="how a latent is written: for engines, or own"
     )
     limits = verb.add_argument_group("Limits")
-    limits.add_argument("--tune", metavar="STEPS", type=_positive, default=0, help="tune every site on its own (off)")
     limits.add_argument("--calibrate-samples", metavar="N", type=_positive, default=128, help="windows of text (128)")
     limits.add_argument(
         "--calibrate-length",

@@ -11,8 +11,8 @@ from rewrite.errors import BadUsage, Refused
 GROUPS = {
     "plan": {"What": {"MODEL", "--to", "--only", "--skip", "--why"}, "Limits": {"--context"}},
     "convert": {
-        "What": {"MODEL", "--to", "--only", "--skip", "--calibrate"},
-        "Where": {"OUT", "--text"},
+        "What": {"MODEL", "--to", "--only", "--skip", "--calibrate", "--tune"},
+        "Where": {"OUT", "--text", "--emit"},
         "Limits": {"--calibrate-samples", "--calibrate-length", "--max-loss", "--seed"},
         "Dangerous": {"--no-check"},
     },
