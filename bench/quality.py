@@ -135,11 +135,16 @@ def page(made: str, base: Mapping[str, float], samples: int) -> str:
     return f"""# What fewer kv heads cost
 
 Perplexity of the converted model divided by the original's, on the held-out text beside the models (windows of
-{CONTEXT} tokens, weights rounded to bfloat16 as they are saved, computed in float32). Originals: {originals}.
-Calibration: {samples} windows of {CONTEXT} tokens of other text; nothing was trained. 6 kv heads before; 3, 2 and 1 are
-50, 33 and 17 % of the cache. `make bench-quality` writes this page.
+{CONTEXT} tokens, weights rounded to bfloat16 as they are saved, computed in float32).
+Originals: {originals}. 6 kv heads before; 3, 2 and 1 are 50, 33 and 17 % of the cache.
+Calibration: {samples} windows of {CONTEXT} tokens of other text. `make bench-quality` writes this page.
 
 {made}
+
+The default is closed forms, then at most five damped Gauss-Newton steps per site on the error of that site's own output
+over the calibration text: no backward pass through the model, nothing outside the site changes, and the steps are kept
+only where they help on tokens that did not fit. `polish=0` leaves them out; its row shows what they are worth: little
+without norms, much behind a qk-norm.
 """
 
 
