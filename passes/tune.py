@@ -22,8 +22,10 @@ from passes.tune_latent import LatentTuned
 from rewrite.heads import Rewritten, Weights
 from rewrite.site import Site
 
-RATE = 0.02
-"""Step of Adam relative to the size of a tensor; it falls to nothing along a cosine."""
+RATES = (1e-2, 2e-3, 4e-4)
+"""Steps of Adam relative to the size of a tensor, of which a short run chooses one; they fall along a cosine."""
+SHORT = 8
+"""The short run's part of all steps."""
 TOKENS = 1 << 15
 """Calibration tokens of a site that are held."""
 WINDOWS = 4
@@ -64,24 +66,26 @@ def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tun
             return replace(made, notes=(*made.notes, f"{site.name}: not tuned, a constant follows its projections"))
         stage = [with_rows(scene, batch) for scene, batch in zip(stage, stats.batches(), strict=False)]
         tuned = HeadsTuned(made, site, source)
-    learnt = _learnt(tuned, stage, tuning)
+    short = replace(tuning, steps=max(1, tuning.steps // SHORT))
+    rate = min(RATES, key=lambda r: _judged(tuned, stage, _learnt(tuned, stage, short, r)))
+    learnt = _learnt(tuned, stage, tuning, rate)
     before, after = _judged(tuned, stage, tuned.start), _judged(tuned, stage, learnt)
     if not after < before:
         return replace(made, notes=(*made.notes, f"{site.name}: tuning left out, it gave {after:.3g} not {before:.3g}"))
     return tuned.done(learnt)
 
 
-def _learnt(tuned: Tuned, stage: Sequence[Scene], tuning: Tuning) -> dict[str, Tensor]:
+def _learnt(tuned: Tuned, stage: Sequence[Scene], tuning: Tuning, rate: float) -> dict[str, Tensor]:
     """Adam on every tensor as a part of its own size, so that one rate serves all."""
     base = dict(tuned.start)
     size = {n: x.square().mean().sqrt().clamp(min=1e-8) for n, x in base.items()}
     moves = {n: torch.zeros_like(x, requires_grad=True) for n, x in base.items()}
-    adam = torch.optim.Adam(moves.values(), lr=RATE, betas=(0.9, 0.99))
+    adam = torch.optim.Adam(moves.values(), lr=rate, betas=(0.9, 0.99))
     energy = sum(float((s.out[s.fits].square()).sum()) for s in stage) / max(1, sum(int(s.fits.sum()) for s in stage))
     order = _order(stage, tuning)
     for step, scene in enumerate(order):
         for group in adam.param_groups:
-            group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / len(order)))
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / len(order)))
         now = {n: base[n] + size[n] * moves[n] for n in base}
         wrong = (tuned.output(scene, now) - scene.out.float())[scene.fits].square().sum(-1).mean() / energy
         adam.zero_grad()

@@ -1,0 +1,69 @@
+"""Local tuning: less error on windows that did not fit, the same numbers from run to run, nothing outside the site."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from passes.convert import Change, convert_sites
+from passes.find import Found, find
+from passes.gqa import GQA
+from passes.mla import MLA
+from passes.tune import Tuning
+from rewrite.calibration import Windows, batches
+from rewrite.capture import capture
+from rewrite.opened import open_model
+from rewrite.program import Program
+
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+FIRST = "model.layers.0.self_attn"
+TARGETS = (GQA(2, polish=0), MLA(cache=0.125, polish=0))
+
+
+@cache
+def opened(kind: str) -> tuple[Program, Found, list[Any]]:
+    """A shipped model and a few windows of its calibration text."""
+    model = open_model(MODELS / kind)
+    program = capture(model.working, None)
+    windows = batches(MODELS / "calibration.txt", {"input_ids": 0}, Windows(64, 8), model.tokenizer)
+    return program, find(program.static), windows
+
+
+def converted(kind: str, target: Any, tuning: Tuning | None) -> Change:
+    """The first attention of the model, from few windows."""
+    program, found, windows = opened(kind)
+    return convert_sites(program, found, {FIRST: target}, windows, lambda *_: None, tuning)[FIRST]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_tuning_lowers_the_error(kind: str, target: Any) -> None:
+    plain, tuned = converted(kind, target, None), converted(kind, target, Tuning(40))
+    assert plain.error is not None
+    assert tuned.error is not None
+    assert tuned.error < plain.error
+
+
+def test_tuning_is_the_same_every_time_and_hangs_on_its_seed() -> None:
+    target = MLA(cache=0.125, polish=0)
+    once, again, other = (converted("llama", target, Tuning(10, seed)) for seed in (0, 0, 1))
+    assert once.rewritten.latents is not None
+    assert again.rewritten.latents is not None
+    assert other.rewritten.latents is not None
+    assert torch.equal(once.rewritten.latents.down, again.rewritten.latents.down)
+    assert not torch.equal(once.rewritten.latents.down, other.rewritten.latents.down)
+
+
+def test_no_steps_leave_heads_as_they_were() -> None:
+    """The maps that tuning starts from give back the closed form's own matrices."""
+    plain, tuned = converted("llama", GQA(2, polish=0), None), converted("llama", GQA(2, polish=0), Tuning(1))
+    for which in ("q", "k", "v"):
+        a, b = (getattr(c.rewritten.weights, which).weight for c in (plain, tuned))
+        assert float((a - b).norm() / a.norm()) < 0.05
+    assert tuned.error is not None
+    assert plain.error is not None
+    assert tuned.error < 1.05 * plain.error
