@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rewrite.report import Report, SiteRow, site_table
 from rewrite.table import change, fold
@@ -18,7 +19,7 @@ def write_card(folder: Path, report: Report, licence: str = "") -> None:
         "reattn.toml": recipe(report),
         "report.json": report.json(),
         "report.html": page(report),
-        "README.md": card(report, licence, _auto_class(folder)),
+        "README.md": card(report, licence, *_classes(folder)),
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -64,18 +65,19 @@ def command(report: Report, out: str = "OUT") -> str:
     return " ".join(words)
 
 
-def _auto_class(folder: Path) -> str:
-    """The Auto class that a folder with its own modelling file is loaded with; "" for an ordinary checkpoint."""
-    config = folder / "config.json"
-    known: dict[str, str] = json.loads(config.read_text("utf-8")).get("auto_map", {}) if config.exists() else {}
-    models = sorted(k for k in known if k.startswith("AutoModel"))
-    return models[-1] if models else ""
+def _classes(folder: Path) -> tuple[str, str]:
+    """The Auto class that a folder with its own modelling file is loaded with, "" for an ordinary checkpoint; and the
+    class that its config names, which is not always that of the source."""
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    models = sorted(k for k in config.get("auto_map", {}) if k.startswith("AutoModel"))
+    return models[-1] if models else "", str((config.get("architectures") or [""])[0])
 
 
-def card(report: Report, licence: str = "", auto: str = "") -> str:
+def card(report: Report, licence: str = "", auto: str = "", kind: str = "") -> str:
     """The model card. `licence` is that of the base model, copied where its card names one; `auto` is the Auto class
-    that runs the folder's own modelling file, "" where there is none."""
-    loader, trust = (auto, ", trust_remote_code=True") if auto else (report.architecture, "")
+    that runs the folder's own modelling file, "" where there is none, `kind` the class of an ordinary checkpoint."""
+    loader, trust = (auto, ", trust_remote_code=True") if auto else (kind or report.architecture, "")
     head = ["---", "library_name: transformers", f"base_model: {json.dumps(report.model, ensure_ascii=False)}"]
     head += [f"license: {licence}"] if licence else []
     head += ["tags: [reattn]", "---", ""]

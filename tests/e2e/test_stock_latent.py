@@ -45,3 +45,4 @@ def test_the_shipped_llama_as_deepseek(tmp_path: Path) -> None:
         error = (found["logits"] - own(**given).logits).abs().max() / found["logits"].abs().max()
     assert error < 0.1
     assert found["held"] == {96}
+    assert "DeepseekV3ForCausalLM.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
