@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from passes import Stats, Target
 from passes.calibrate import Batch, Stream, statistics
 from passes.find import Found
+from passes.refit import output_error
 from passes.region import Machine, Slice, slice_of, twins
 from passes.trial import heads_outputs
 from passes.tune import Tuning, tune
-from rewrite.heads import Rewritten, Weights
+from rewrite.heads import Rewritten
 from rewrite.layout import expanded, gather
 from rewrite.program import Program
 from rewrite.site import Site, Tensors
@@ -88,14 +88,3 @@ def _convert_on(stream: Stream, part: Slice, target: Target, tensors: Tensors, t
         error = output_error(stats.latent(latents), rewritten.weights)
         stream.leave(part, edits, lambda batch: heads_outputs(latents, batch))
     return Change(part.site, rewritten, error)
-
-
-def output_error(trials: Iterable[tuple[Tensor, Tensor]], weights: Weights) -> float:
-    """Squared error of the attention's output relative to the output's energy; trials are (heads' outputs, y)."""
-    wrong = total = 0.0
-    for z, y in trials:
-        made = torch.einsum("nhd,ohd->no", z, weights.out)
-        made = made if weights.out_bias is None else made + weights.out_bias
-        wrong += float((made - y).square().sum())
-        total += float(y.square().sum())
-    return wrong / total if total else 0.0

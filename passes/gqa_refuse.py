@@ -89,7 +89,7 @@ def _refuse_constants(site: Site) -> str | None:
     for name, o in (("queries", site.q), ("keys", site.k), ("values", site.v)):
         if o.shift is not None and (o.norm is None or not same(o.shift)):
             return f"a constant is added to its {name} after the projection, which merged heads cannot carry"
-        if o.after is not None and not _uniform(o.after):
+        if o.after is not None and not one_number(o.after):
             return f"its {name} are scaled after the rotation, dim by dim, which merged heads cannot carry"
     for name, o in (("keys", site.k), ("values", site.v)):
         if not alike(o.gain):
@@ -99,5 +99,6 @@ def _refuse_constants(site: Site) -> str | None:
     return None
 
 
-def _uniform(values: Affine) -> bool:
+def one_number(values: Affine) -> bool:
+    """A constant that is alike for all heads and dims."""
     return values.tensor is None and bool(np.all(values.constant == values.constant.reshape(-1)[0]))

@@ -17,7 +17,7 @@ from codegen.eager import rotated
 from codegen.latent import rotation
 from passes.mla_scene import REAL, Scene
 from passes.polish_scene import capped
-from passes.refit import RIDGES, Sums, solved
+from passes.refit import RIDGES, Sums, flat, head_rows, kept_sums, shaped, solved
 from rewrite.heads import Latents, Weights
 
 INNER = 8
@@ -150,7 +150,7 @@ def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: in
     """The latent and the output projection with less error on unseen tokens, or as they were."""
     white, stage = whitened(stage)
     problem = _Problem(stage, latents, weights.out_bias is not None)
-    maps, out = white.enter(latents), _flat(weights)
+    maps, out = white.enter(latents), flat(weights)
     start = problem.at(maps, out)
     if start.judges < NEGLIGIBLE or problem.equations < ENOUGH * sum(m.numel() for m in maps.parts):
         return Polished(latents, weights, start.judges)
@@ -164,15 +164,7 @@ def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: in
             break
     if not now.judges < start.judges:
         return Polished(latents, weights, start.judges)
-    o, h, dv = weights.out.shape
-    bias = now.out[:, -1] if weights.out_bias is not None else None
-    made = replace(weights, out=now.out[:, : h * dv].reshape(o, h, dv), out_bias=bias)
-    return Polished(white.leave(now.maps, latents), made, now.judges)
-
-
-def _flat(weights: Weights) -> Tensor:
-    out = weights.out.flatten(1)
-    return out if weights.out_bias is None else torch.cat([out, weights.out_bias[:, None]], 1)
+    return Polished(white.leave(now.maps, latents), shaped(weights, now.out), now.judges)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,8 +193,8 @@ class _Problem:
     def _sums(self, maps: Maps) -> tuple[Sums, Sums]:
         sums: list[Sums] = []
         for scene in self.stage:
-            z = _rows(self.run(scene, maps).z, self.biased)
-            terms = [_sums(z, scene.out, keep) for keep in (scene.fits, scene.judges)]
+            z = head_rows(self.run(scene, maps).z, self.biased)
+            terms = [kept_sums(z, scene.out, keep) for keep in (scene.fits, scene.judges)]
             sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
         return sums[0], sums[1]
 
@@ -229,7 +221,7 @@ class _Problem:
     def _downhill(self, lines: Sequence[_Linear], at: _Point, out: Tensor) -> Maps:
         total = at.maps.plus(at.maps, -1.0)
         for line in lines:
-            made = (_rows(line.z, self.biased) @ at.out.T).reshape(line.scene.out.shape)
+            made = (head_rows(line.z, self.biased) @ at.out.T).reshape(line.scene.out.shape)
             wrong = (line.scene.out - made) * line.scene.fits[..., None]
             total = total.plus(self.pull(line, at.maps, torch.einsum("bto,ohv->bhtv", wrong.to(REAL), out)))
         return total
@@ -290,15 +282,3 @@ class _Problem:
     def _turned(self, x: Tensor, at: Tensor, back: bool = False) -> Tensor:
         """(..., tokens, p) turned; `back` the other way."""
         return rotated(rotation(-self.like.frequencies if back else self.like.frequencies), x, at)
-
-
-def _rows(z: Tensor, biased: bool) -> Tensor:
-    """(tokens, h*dv [+ 1]) from (b, h, t, dv)."""
-    flat = z.double().transpose(1, 2).flatten(2).flatten(0, 1)
-    return torch.cat([flat, torch.ones_like(flat[:, :1])], 1) if biased else flat
-
-
-def _sums(z: Tensor, y: Tensor, weight: Tensor) -> Sums:
-    keep = weight.reshape(-1) > 0
-    z, y = z[keep], y.flatten(0, 1)[keep]
-    return Sums(z.T @ z, y.T @ z, float(y.square().sum()), len(z))

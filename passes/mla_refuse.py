@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from passes.gqa_refuse import one_number
 from passes.mla_shape import features, turning
-from rewrite.site import Affine, Latent, Operand, Refusal, Site
+from rewrite.site import Latent, Operand, Refusal, Site
 
 
 def refuse_site(site: Site, rebuilt: bool) -> str | None:
@@ -53,10 +54,10 @@ def _refuse_constants(site: Site) -> str | None:
     for name, o in _operands(site):
         if o.token_gain is not None:
             return f"its {name} are scaled by a factor per position, which no latent of a token carries"
-    if site.v.after is not None and not (_uniform(site.v.after) and site.v.after.is_one):
+    if site.v.after is not None and not (one_number(site.v.after) and site.v.after.is_one):
         return "its values are scaled behind the projection, which the latent's readers do not know"
     for name, o in (("queries", site.q), ("keys", site.k)):
-        if o.after is not None and not _uniform(o.after):
+        if o.after is not None and not one_number(o.after):
             return f"its {name} are scaled after the rotation, dim by dim, which a shared latent cannot carry"
     return None
 
@@ -81,7 +82,3 @@ def _refuse_rope(site: Site, rebuilt: bool) -> str | None:
 
 def _operands(site: Site) -> tuple[tuple[str, Operand], ...]:
     return ("queries", site.q), ("keys", site.k), ("values", site.v)
-
-
-def _uniform(values: Affine) -> bool:
-    return values.tensor is None and bool(np.all(values.constant == values.constant.reshape(-1)[0]))

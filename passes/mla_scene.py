@@ -14,7 +14,7 @@ from torch import Tensor
 from codegen.latent import attention, features
 from passes import Stats
 from passes.moments import SiteBatch, windowed
-from passes.refit import HELD_BACK, Measured, Sums
+from passes.refit import Measured, measured, output_error
 from passes.trial import trial
 from rewrite.heads import Latents, Weights
 from rewrite.site import Site
@@ -112,33 +112,14 @@ def _scene(batch: SiteBatch, take: int, source: Weights, every: int, before: int
 
 def measure(stage: Iterable[Scene], latents: Latents, weights: Weights) -> Measured:
     """Moments of the heads' outputs with a latent and of the original's output: tokens that fit, tokens that judge."""
-    fit: Sums | None = None
-    held: Sums | None = None
-    for scene in stage:
-        z = scene.heads(latents).transpose(1, 2)[scene.keep].flatten(1).double()
-        if weights.out_bias is not None:
-            z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-        y = scene.out[scene.keep]
-        cut = len(z) - len(z) // HELD_BACK
-        first, second = _sums(z[:cut], y[:cut]), _sums(z[cut:], y[cut:])
-        fit, held = first if fit is None else fit + first, second if held is None else held + second
-    if fit is None or held is None:
-        raise ValueError("the calibration holds no batch")
-    return Measured(fit, held)
-
-
-def _sums(z: Tensor, y: Tensor) -> Sums:
-    return Sums(z.T @ z, y.T @ z, float(y.square().sum()), len(z))
+    return measured(_trials(stage, latents), weights.out_bias is not None)
 
 
 def error(stage: Iterable[Scene], latents: Latents, weights: Weights) -> float:
     """Squared error of the attention's output relative to its energy, the output projection as in `weights`."""
-    wrong = total = 0.0
+    return output_error(_trials(stage, latents), weights)
+
+
+def _trials(stage: Iterable[Scene], latents: Latents) -> Iterator[tuple[Tensor, Tensor]]:
     for scene in stage:
-        z = scene.heads(latents).transpose(1, 2)[scene.keep].double()
-        made = torch.einsum("nhd,ohd->no", z, weights.out)
-        made = made if weights.out_bias is None else made + weights.out_bias
-        y = scene.out[scene.keep]
-        wrong += float((made - y).square().sum())
-        total += float(y.square().sum())
-    return wrong / total if total else 0.0
+        yield scene.heads(latents).transpose(1, 2)[scene.keep].double(), scene.out[scene.keep]

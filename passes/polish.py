@@ -16,7 +16,7 @@ from torch import Tensor
 from passes import Stats
 from passes.gqa_build import Parts
 from passes.polish_scene import REAL, Maps, Normed, Scene, capped, normed, scenes, turned, whiten
-from passes.refit import RIDGES, Sums, solved
+from passes.refit import RIDGES, Sums, head_rows, kept_sums, solved
 from rewrite.heads import Weights
 from rewrite.site import Operand, Site
 
@@ -130,8 +130,8 @@ class _Problem:
         fit: Sums | None = None
         judge: Sums | None = None
         for scene in self.stage:
-            z = _rows(_run(scene, maps, self.gains).z, self.biased)
-            first, second = (_sums(z, scene.y, w) for w in (scene.fits, scene.judges))
+            z = head_rows(_run(scene, maps, self.gains).z, self.biased)
+            first, second = (kept_sums(z, scene.y, w) for w in (scene.fits, scene.judges))
             fit, judge = first if fit is None else fit + first, second if judge is None else judge + second
         if fit is None or judge is None:
             raise ValueError("the calibration holds no batch")
@@ -160,7 +160,7 @@ class _Problem:
     def _downhill(self, lines: Sequence[_Linear], out: Tensor, heads: Tensor) -> Maps:
         total: Maps | None = None
         for line in lines:
-            z = _rows(line.z, self.biased)
+            z = head_rows(line.z, self.biased)
             wrong = (line.scene.y.flatten(0, 1) - z @ out.T).reshape(line.scene.y.shape)
             pulled = _pull(line, (wrong * line.scene.fits[..., None]).to(REAL), heads, self.gains)
             total = pulled if total is None else total.plus(pulled)
@@ -175,18 +175,6 @@ class _Problem:
             pulled = _pull(line, change * line.scene.fits[..., None].to(REAL), heads, self.gains)
             total = pulled if total is None else total.plus(pulled)
         return step if total is None else total
-
-
-def _rows(z: Tensor, biased: bool) -> Tensor:
-    """(tokens, h*d [+ 1]) from (b, h, t, d)."""
-    flat = z.double().transpose(1, 2).flatten(2).flatten(0, 1)
-    return torch.cat([flat, torch.ones_like(flat[:, :1])], 1) if biased else flat
-
-
-def _sums(z: Tensor, y: Tensor, weight: Tensor) -> Sums:
-    keep = weight.reshape(-1) > 0
-    z, y = z[keep], y.flatten(0, 1)[keep]
-    return Sums(z.T @ z, y.T @ z, float(y.square().sum()), len(z))
 
 
 def _placed(operand: Operand, gain: Tensor, u: Tensor, at: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ W_o <- W_o + (S_yz - W_o S_zz)(S_zz + λ)⁻¹, a ridge towards the W_o that was
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -52,23 +53,37 @@ class Measured:
 
 def measure(stats: Stats, weights: Weights, kv_of: tuple[int, ...], batches: int | None = None) -> Measured:
     """Run the site with `weights` on the calibration, or on the first `batches` of it."""
+    return measured(islice(stats.attend(weights, kv_of), batches), weights.out_bias is not None)
+
+
+def measured(trials: Iterable[tuple[Tensor, Tensor]], biased: bool) -> Measured:
+    """The sums of trials: the heads' outputs (tokens, heads, dim), and the original's y (tokens, outputs)."""
     fit: Sums | None = None
     held: Sums | None = None
-    for z, y in islice(stats.attend(weights, kv_of), batches):
-        flat = z.double().flatten(1)
-        if weights.out_bias is not None:
-            flat = torch.cat([flat, torch.ones_like(flat[:, :1])], 1)
-        cut = len(flat) - len(flat) // HELD_BACK
-        first, second = _sums(flat[:cut], y[:cut]), _sums(flat[cut:], y[cut:])
+    for z, y in trials:
+        rows = with_one(z.double().flatten(1), biased)
+        cut = len(rows) - len(rows) // HELD_BACK
+        first, second = sums(rows[:cut], y[:cut]), sums(rows[cut:], y[cut:])
         fit, held = first if fit is None else fit + first, second if held is None else held + second
     if fit is None or held is None:
         raise ValueError("the calibration holds no batch")
     return Measured(fit, held)
 
 
+def output_error(trials: Iterable[tuple[Tensor, Tensor]], weights: Weights) -> float:
+    """Squared error of the attention's output relative to the output's energy; trials are (heads' outputs, y)."""
+    wrong = total = 0.0
+    for z, y in trials:
+        made = torch.einsum("nhd,ohd->no", z, weights.out)
+        made = made if weights.out_bias is None else made + weights.out_bias
+        wrong += float((made - y).square().sum())
+        total += float(y.square().sum())
+    return wrong / total if total else 0.0
+
+
 def refit(weights: Weights, seen: Measured) -> tuple[Weights, str | None]:
     """The weights with the output projection refitted, and a note where unseen tokens spoke against it."""
-    there = _flat(weights)
+    there = flat(weights)
     before = seen.held.error(there)
     after, ridge = min((seen.held.error(solved(there, seen.fit, r)), r) for r in RIDGES)
     if seen.held.count == 0 or not after < before * (1 - WORTH) or before < EXACT:
@@ -76,12 +91,12 @@ def refit(weights: Weights, seen: Measured) -> tuple[Weights, str | None]:
             weights,
             f"output projection left as it was: refitting it gave {after:.3g} on unseen text, not {before:.3g}",
         )
-    return _shaped(weights, solved(there, seen.fit + seen.held, ridge)), None
+    return shaped(weights, solved(there, seen.fit + seen.held, ridge)), None
 
 
 def refitted_error(weights: Weights, seen: Measured) -> float:
     """Relative error on unseen tokens after a refit, or without one where that is better."""
-    there = _flat(weights)
+    there = flat(weights)
     return min(seen.held.error(there), *(seen.held.error(solved(there, seen.fit, r)) for r in RIDGES))
 
 
@@ -93,17 +108,36 @@ def solved(out: Tensor, sums: Sums, ridge: float) -> Tensor:
     return out + torch.cholesky_solve((sums.yz - out @ sums.zz).T, root).T
 
 
-def _sums(z: Tensor, y: Tensor) -> Sums:
+def with_one(rows: Tensor, biased: bool) -> Tensor:
+    """(tokens, h*d [+ 1]): a 1 behind every row where the output has a bias."""
+    return torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if biased else rows
+
+
+def sums(z: Tensor, y: Tensor) -> Sums:
+    """The moments of rows z (tokens, h*d [+ 1]) and y (tokens, outputs)."""
     y = y.double()
     return Sums(z.T @ z, y.T @ z, float(y.square().sum()), len(z))
 
 
-def _flat(weights: Weights) -> Tensor:
+def head_rows(z: Tensor, biased: bool) -> Tensor:
+    """(tokens, h*d [+ 1]) in float64 from heads' outputs (b, h, t, d)."""
+    return with_one(z.double().transpose(1, 2).flatten(2).flatten(0, 1), biased)
+
+
+def kept_sums(z: Tensor, y: Tensor, keep: Tensor) -> Sums:
+    """The moments of those rows that `keep` (b, t) counts; y (b, t, outputs)."""
+    rows = keep.reshape(-1) > 0
+    return sums(z[rows], y.flatten(0, 1)[rows])
+
+
+def flat(weights: Weights) -> Tensor:
+    """The output projection as it meets z̃, (outputs, h*d [+ 1])."""
     out = weights.out.flatten(1)
     return out if weights.out_bias is None else torch.cat([out, weights.out_bias[:, None]], 1)
 
 
-def _shaped(weights: Weights, flat: Tensor) -> Weights:
+def shaped(weights: Weights, out: Tensor) -> Weights:
+    """The weights with an output projection in the shape of `flat`."""
     if weights.out_bias is None:
-        return replace(weights, out=flat.reshape(weights.out.shape))
-    return replace(weights, out=flat[:, :-1].reshape(weights.out.shape), out_bias=flat[:, -1])
+        return replace(weights, out=out.reshape(weights.out.shape))
+    return replace(weights, out=out[:, :-1].reshape(weights.out.shape), out_bias=out[:, -1])
