@@ -20,6 +20,7 @@ from passes.find import Found, find
 from passes.moments import SiteBatch
 from passes.region import Machine, Slice, slice_of, twins
 from passes.trial import heads_outputs, uniform
+from passes.tune import Tuning, tune
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
 from rewrite.heads import Latents
@@ -50,7 +51,7 @@ class Source:
         reasons = (t.refuse(s) for s, t in zip(self.found.sites, self._each(target), strict=True))
         return next((r for r in reasons if r is not None), None)
 
-    def convert(self, target: Target, calibrated: bool = True) -> dict[str, Change]:
+    def convert(self, target: Target, calibrated: bool = True, tuning: Tuning | None = None) -> dict[str, Change]:
         """Every site rewritten, as `passes.convert` does it but for the measured errors; weights only where not
         `calibrated`."""
         names = [s.name for s in self.found.sites]
@@ -64,7 +65,10 @@ class Source:
             stream.reach(part)
             own = targets[part.site.name]
             stats = statistics(stream, part, own.needs, self._tensors)
-            made = own.rewrite(part.site, gather(part.site, self._tensors), stats)
+            weights = gather(part.site, self._tensors)
+            made = own.rewrite(part.site, weights, stats)
+            if tuning is not None:
+                made = tune(made, part.site, weights, stats, tuning)
             changes[part.site.name] = Change(part.site, made, None)
             self._leave(stream, part, changes[part.site.name])
         return changes

@@ -8,21 +8,19 @@ docs/mla.md. With `--results FILE` what is measured is kept, line by line, and n
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.graph import Source, source
+from bench.ledger import Ledger, Measured
 from bench.peers import CARE, MHA2MLA, JointSVD, TransMLA, mha2mla, transmla
 from bench.quality import CONTEXT, MODELS, ROOT
 from passes.mla import MLA
-from rewrite.site import Latent, Site
+from rewrite.site import Site
 
 CACHES = (0.5, 0.25, 0.125, 0.0625)
 SCREEN = 16
@@ -84,53 +82,6 @@ METHODS = (
 )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One converted model. `samples` windows of calibration (0: weights only), `windows` of text."""
-
-    model: str
-    target: str
-    samples: int
-    windows: int
-    ratio: float
-    rebuilt: bool
-    seconds: float
-
-    @property
-    def key(self) -> tuple[str, str, int, int]:
-        """What makes it the same measurement."""
-        return self.model, self.target, self.samples, self.windows
-
-
-class Ledger:
-    """What has been measured; in a file of json lines where there is one."""
-
-    def __init__(self, file: Path | None) -> None:
-        self.file = file
-        lines = file.read_text("utf-8").splitlines() if file is not None and file.exists() else []
-        self.known = {m.key: m for m in (Measured(**json.loads(line)) for line in lines)}
-
-    def measure(self, whole: Source, small: Source, target: Any, calibrated: bool, screen: bool) -> Measured:
-        """The target on a model, from the file where it stands there; `screen` on few windows."""
-        model = small if screen else whole
-        samples = sum(len(b["input_ids"]) for b in model.calibration) if calibrated else 0
-        key = (model.name, repr(target), samples, SCREEN if screen else len(model.rows))
-        if key in self.known:
-            return self.known[key]
-        begun = time.perf_counter()
-        changes = model.convert(target, calibrated)
-        ratio = model.ratio(changes, SCREEN if screen else None)
-        forms = [c.rewritten.site.form for c in changes.values()]
-        rebuilt = any(isinstance(f, Latent) and f.rebuilt for f in forms)
-        made = Measured(*key, ratio, rebuilt, round(time.perf_counter() - begun, 1))
-        self.known[key] = made
-        if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(made)) + "\n")
-        print(f"{key}: {ratio:.4f} ({made.seconds:.0f} s)", file=sys.stderr, flush=True)
-        return made
-
-
 Table = Mapping[tuple[str, float, str], Measured]
 
 
@@ -158,7 +109,7 @@ def measured(wanted: Wanted, ledger: Ledger) -> Table:
                 if target is None:
                     continue
                 target = replace(target, refit=True) if method.refit else target
-                table[kind, cache, method.label] = ledger.measure(whole, small, target, method.calibrated, False)
+                table[kind, cache, method.label] = ledger.measure(whole, target, method.calibrated)
     return table
 
 
@@ -172,7 +123,7 @@ def _best(ledger: Ledger, whole: Source, small: Source, method: Method, cache: f
     fit = [t for t in method.made(cache, whole.found.sites[0]) if whole.refusal(t) is None]
     if len(fit) < 2:
         return fit[0] if fit else None
-    return min(fit, key=lambda t: ledger.measure(whole, small, t, method.calibrated, True).ratio)
+    return min(fit, key=lambda t: ledger.measure(small, t, method.calibrated, SCREEN).ratio)
 
 
 def tables(table: Table) -> str:

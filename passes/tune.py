@@ -28,8 +28,10 @@ SHORT = 8
 """The short run's part of all steps."""
 TOKENS = 1 << 15
 """Calibration tokens of a site that are held."""
-WINDOWS = 4
+WINDOWS = 8
 """Windows of one step."""
+FLOOR = 1e-2
+"""Directions of a tensor's input that hold less of its mean square count as if they held so much."""
 
 
 class Tuned(Protocol):
@@ -38,6 +40,10 @@ class Tuned(Protocol):
     @property
     def start(self) -> Mapping[str, Tensor]:
         """The tensors as the closed form left them, float32."""
+        ...
+
+    def inputs(self, scene: Scene) -> Mapping[str, Tensor]:
+        """(b, [heads,] tokens, n): the rows that a tensor (..., n) is multiplied with, where it is known."""
         ...
 
     def output(self, scene: Scene, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -76,9 +82,13 @@ def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tun
 
 
 def _learnt(tuned: Tuned, stage: Sequence[Scene], tuning: Tuning, rate: float) -> dict[str, Tensor]:
-    """Adam on every tensor as a part of its own size, so that one rate serves all."""
-    base = dict(tuned.start)
-    size = {n: x.square().mean().sqrt().clamp(min=1e-8) for n, x in base.items()}
+    """Adam on every tensor over whitened inputs and as a part of its own size, so that one rate serves all."""
+    base, inverse, size = dict(tuned.start), dict[str, Tensor](), dict[str, Tensor]()
+    moments = _moments(tuned, stage)
+    for name, x in base.items():
+        root = torch.eye(x.shape[-1]) if name not in moments else _root(moments[name])
+        size[name] = (x @ root).square().mean().sqrt().clamp(min=1e-8)
+        inverse[name] = size[name] * torch.linalg.inv(root)
     moves = {n: torch.zeros_like(x, requires_grad=True) for n, x in base.items()}
     adam = torch.optim.Adam(moves.values(), lr=rate, betas=(0.9, 0.99))
     energy = sum(float((s.out[s.fits].square()).sum()) for s in stage) / max(1, sum(int(s.fits.sum()) for s in stage))
@@ -86,12 +96,30 @@ def _learnt(tuned: Tuned, stage: Sequence[Scene], tuning: Tuning, rate: float) -
     for step, scene in enumerate(order):
         for group in adam.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / len(order)))
-        now = {n: base[n] + size[n] * moves[n] for n in base}
+        now = {n: base[n] + moves[n] @ inverse[n] for n in base}
         wrong = (tuned.output(scene, now) - scene.out.float())[scene.fits].square().sum(-1).mean() / energy
         adam.zero_grad()
         wrong.backward()
         adam.step()
-    return {n: (base[n] + size[n] * moves[n]).detach() for n in base}
+    return {n: (base[n] + moves[n] @ inverse[n]).detach() for n in base}
+
+
+def _moments(tuned: Tuned, stage: Sequence[Scene]) -> dict[str, Tensor]:
+    """Second moments ([heads,] n, n) of what the tensors are multiplied with."""
+    sums: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for scene in stage:
+            for name, rows in tuned.inputs(scene).items():
+                gram = (rows.mT.double() @ rows.double()).sum(0)
+                sums[name] = sums[name] + gram if name in sums else gram
+    return sums
+
+
+def _root(gram: Tensor) -> Tensor:
+    """The symmetric root of mean square 1, float32."""
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    values = values.clamp(min=0) / values.mean(-1, keepdim=True).clamp(min=1e-30) + FLOOR
+    return ((vectors * values.sqrt()[..., None, :]) @ vectors.mT).float()
 
 
 def _order(stage: Sequence[Scene], tuning: Tuning) -> list[Scene]:

@@ -49,8 +49,9 @@ class HeadsTuned:
 
     @property
     def start(self) -> dict[str, Tensor]:
-        """The tensors as the closed form left them, float32: q (h, d, d), k and v (kv heads * d, source rows)."""
-        out: dict[str, Tensor] = {"out": self.made.weights.out}
+        """The tensors as the closed form left them, float32: q (h, d, d), k and v (kv heads * d, source rows), out
+        (outputs, h * dv)."""
+        out: dict[str, Tensor] = {"out": self.made.weights.out.flatten(1)}
         if self.made.weights.out_bias is not None:
             out["out_bias"] = self.made.weights.out_bias
         for name, new, old in self._projections():
@@ -66,12 +67,22 @@ class HeadsTuned:
                 out[f"{name}_bias"] = new.bias - there
         return {n: x.float() for n, x in out.items()}
 
+    def inputs(self, scene: Scene) -> dict[str, Tensor]:
+        """What each tensor is multiplied with."""
+        u_q, u_k, u_v = _rows(scene)
+        z = self._run(scene, self.start).transpose(1, 2).flatten(2)
+        rows = {n: u.transpose(1, 2).flatten(2) for n, u in (("k", u_k), ("v", u_v))}
+        return rows | {"q": u_q[:, list(self.made.order)], "out": z}
+
     def output(self, scene: Scene, tensors: Mapping[str, Tensor]) -> Tensor:
         """(b, t, outputs) of the attention."""
-        if not isinstance(scene, RowScene):
-            raise TypeError("heads are tuned on scenes with rows")
+        y = self._run(scene, tensors).transpose(1, 2).flatten(2) @ tensors["out"].T
+        return y + tensors["out_bias"] if "out_bias" in tensors else y
+
+    def _run(self, scene: Scene, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(b, h, t, dv) of the heads."""
         site, order, kv_of = self.site, list(self.made.order), list(self.made.site.kv_of)
-        q, k, v = self._heads(scene, tensors)
+        q, k, v = self._heads(_rows(scene), tensors)
         q = q if site.q.rope is None else rotated(site.q.rope, q, scene.at)
         k = k if site.k.rope is None else rotated(site.k.rope, k, scene.keys_at)
         products = q @ k[:, kv_of].transpose(-1, -2) * (uniform(site.q.after) * uniform(site.k.after))
@@ -80,8 +91,7 @@ class HeadsTuned:
             p = torch.cat([s_bhts, scene.sink[:, order]], -1).softmax(-1)[..., :-1]
         else:
             p = torch.nan_to_num(s_bhts.softmax(-1))
-        y = torch.einsum("bhtd,ohd->bto", p @ v[:, kv_of], tensors["out"])
-        return y + tensors["out_bias"] if "out_bias" in tensors else y
+        return p @ v[:, kv_of]
 
     def done(self, tensors: Mapping[str, Tensor]) -> Rewritten:
         """The result with these tensors."""
@@ -97,15 +107,18 @@ class HeadsTuned:
                 weight = (found[name] @ old.weight.flatten(0, 1)).view_as(new.weight)
                 bias = None if old.bias is None else (found[name] @ old.bias.flatten()).view(new.weight.shape[:2])
             made[name] = replace(new, weight=weight, bias=bias if bias is None or extra is None else bias + extra)
-        weights = replace(self.made.weights, **made, out=found["out"], out_bias=found.get("out_bias"))
+        out = found["out"].view_as(self.made.weights.out)
+        weights = replace(self.made.weights, **made, out=out, out_bias=found.get("out_bias"))
         return replace(self.made, weights=weights)
 
     def _projections(self) -> tuple[tuple[str, Heads, Heads], ...]:
         return tuple((n, getattr(self.made.weights, n), getattr(self.source, n)) for n in "qkv")
 
-    def _heads(self, scene: RowScene, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, given: tuple[Tensor, Tensor, Tensor], tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(q, k, v) of the new heads, before the rope."""
-        u_q, u_k, u_v = scene.rows
+        u_q, u_k, u_v = given
         count = self.made.weights.k.weight.shape[0]
         rows = {
             "q": torch.einsum("hij,bhtj->bhti", tensors["q"], u_q[:, list(self.made.order)]),
@@ -119,6 +132,12 @@ class HeadsTuned:
             x = x if operand.norm is None else normed(operand.norm, x)
             out.append(x * new.gain.float()[:, None])
         return out[0], out[1], out[2]
+
+
+def _rows(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(scene, RowScene):
+        raise TypeError("heads are tuned on scenes with rows")
+    return scene.rows
 
 
 def _joined(u: Tensor, maps: Tensor, heads: int) -> Tensor:

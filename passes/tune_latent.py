@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from passes.mla_scene import Scene
@@ -33,13 +32,20 @@ class LatentTuned:
         given = {n: getattr(held, n) for n in LEARNT if isinstance(getattr(held, n), Tensor)}
         if held.up_k is not None:
             given = {n: x for n, x in given.items() if n not in ("read", "turn", "query_turn")}
-        given |= {"out": weights.out} | ({} if weights.out_bias is None else {"out_bias": weights.out_bias})
+        given |= {"out": weights.out.flatten(1)} | ({} if weights.out_bias is None else {"out_bias": weights.out_bias})
         return {n: x.float() for n, x in given.items() if x.numel()}
+
+    def inputs(self, scene: Scene) -> dict[str, Tensor]:
+        """What each tensor is multiplied with."""
+        c = scene.y @ self._latents.down.to(scene.y).T
+        z = scene.heads(self._latents).transpose(1, 2).flatten(2)
+        rows = {"down": scene.y, "turn": scene.y, "read": scene.q, "query_turn": scene.q, "up_v": c, "up_k": c}
+        return {n: x for n, x in (rows | {"out": z}).items() if n in self.start}
 
     def output(self, scene: Scene, tensors: Mapping[str, Tensor]) -> Tensor:
         """(b, t, outputs) of the attention."""
         z = scene.heads(replace(self._latents, **{n: tensors[n] for n in LEARNT if n in tensors}))
-        y = torch.einsum("bhtd,ohd->bto", z, tensors["out"])
+        y = z.transpose(1, 2).flatten(2) @ tensors["out"].T
         return y + tensors["out_bias"] if "out_bias" in tensors else y
 
     def done(self, tensors: Mapping[str, Tensor]) -> Rewritten:
@@ -47,5 +53,6 @@ class LatentTuned:
         found = {n: x.double() for n, x in tensors.items()}
         latents = replace(self._latents, **{n: found[n] for n in LEARNT if n in found})
         bias = found.get("out_bias")
-        weights = replace(self.made.weights, out=found["out"], out_bias=bias)
+        out = found["out"].view_as(self.made.weights.out)
+        weights = replace(self.made.weights, out=out, out_bias=bias)
         return replace(self.made, weights=weights, latents=latents)

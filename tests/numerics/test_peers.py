@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from bench.graph import Source
-from bench.mla import Measured, tables
+from bench.ledger import Measured
+from bench.mla import tables
 from bench.peers import CARE, MHA2MLA, JointSVD, TransMLA
 from bench.peers.base import measured_moments
 from bench.quality import perplexity

@@ -29,7 +29,7 @@ def opened(kind: str) -> tuple[Program, Found, list[Any]]:
     """A shipped model and a few windows of its calibration text."""
     model = open_model(MODELS / kind)
     program = capture(model.working, None)
-    windows = batches(MODELS / "calibration.txt", {"input_ids": 0}, Windows(64, 8), model.tokenizer)
+    windows = batches(MODELS / "calibration.txt", {"input_ids": 0}, Windows(64, 32), model.tokenizer)
     return program, find(program.static), windows
 
 

@@ -1,0 +1,70 @@
+"""What a bench has measured on converted models, in a file of json lines where there is one: nothing is run twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.graph import Source
+from passes.tune import Tuning
+from rewrite.site import Latent
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One converted model. `samples` windows of calibration (0: weights only), `windows` of text, `tune` steps."""
+
+    model: str
+    target: str
+    samples: int
+    windows: int
+    ratio: float
+    """Perplexity of the converted model over the original's"""
+    rebuilt: bool
+    seconds: float
+    """Conversion and measuring"""
+    tune: int = 0
+    converting: float = 0.0
+    """Seconds of the conversion alone"""
+    sites: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, int, int, int]:
+        """What makes it the same measurement."""
+        return self.model, self.target, self.samples, self.windows, self.tune
+
+
+class Ledger:
+    """What has been measured."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        lines = file.read_text("utf-8").splitlines() if file is not None and file.exists() else []
+        self.known = {m.key: m for m in (Measured(**json.loads(line)) for line in lines)}
+
+    def measure(
+        self, model: Source, target: Any, calibrated: bool = True, windows: int | None = None, tune: int = 0
+    ) -> Measured:
+        """The target on a model, from the file where it stands there; on the first `windows` of its text."""
+        samples = sum(len(b["input_ids"]) for b in model.calibration) if calibrated else 0
+        key = (model.name, repr(target), samples, windows or len(model.rows), tune)
+        if key in self.known:
+            return self.known[key]
+        begun = time.perf_counter()
+        changes = model.convert(target, calibrated, Tuning(tune) if tune else None)
+        converting = time.perf_counter() - begun
+        ratio = model.ratio(changes, windows)
+        forms = [c.rewritten.site.form for c in changes.values()]
+        rebuilt = any(isinstance(f, Latent) and f.rebuilt for f in forms)
+        took = round(time.perf_counter() - begun, 1)
+        made = Measured(*key[:4], ratio, rebuilt, took, tune, round(converting, 1), len(changes))
+        self.known[key] = made
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(made)) + "\n")
+        print(f"{key}: {ratio:.4f} ({made.seconds:.0f} s)", file=sys.stderr, flush=True)
+        return made
