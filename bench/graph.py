@@ -148,7 +148,8 @@ def _direct(latents: Latents, batch: SiteBatch, length: int) -> Tensor:
     seen = torch.from_numpy(site.mask.table(length, length))
     added = torch.zeros(length, length).masked_fill(~seen, -torch.inf)
     q = apart(batch.q) * uniform(site.q.after) * uniform(site.k.after)
-    z = attention(latents, site, q, features(apart(batch.k), apart(batch.v)), added=added)
+    k = batch.k if latents.key_norm is None else batch.raw_k
+    z = attention(latents, site, q, features(apart(k), apart(batch.v)), added=added)
     return z.transpose(1, 2).flatten(0, 1)
 
 

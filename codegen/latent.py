@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codegen.eager import rotated, scored
+from codegen.eager import normed, rotated, scored
 from rewrite.heads import Latents
 from rewrite.site import Rope, Sink, Site
 
 
 def features(k: Tensor, v: Tensor) -> Tensor:
-    """(b, s, features) from k (b, g, s, d) before the rope and v (b, g, s, dv)."""
+    """(b, s, features) from v (b, g, s, dv) and k (b, g, s, d) before the rope; for latents with a `key_norm` raw k."""
     return torch.cat([k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2)], -1)
 
 
@@ -33,6 +33,8 @@ def keys(latents: Latents, site: Site, c: Tensor, at: Tensor) -> Tensor:
     if latents.up_k is None:
         raise ValueError("only the rebuilt form has keys")
     k = torch.einsum("bsr,gdr->bgsd", c, latents.up_k.to(c))
+    if latents.key_norm is not None:
+        k = normed(latents.key_norm.norm, k) * latents.key_norm.gain.to(k)[:, None]
     return k if site.k.rope is None else rotated(site.k.rope, k, at)
 
 

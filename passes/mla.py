@@ -15,19 +15,23 @@ from passes.mla_absorb import Absorber, Setting
 from passes.mla_exact import exact
 from passes.mla_influence import influence, mixed
 from passes.mla_polish import affordable, polish
+from passes.mla_rebuilt import UNMEASURED, cached_rows, rebuilder, search_way
 from passes.mla_refuse import refuse_even, refuse_site, refuse_size
 from passes.mla_scene import Scene, error, measure, scenes
-from passes.mla_search import ALONE, Trials, enough, search, search_factor, settings
+from passes.mla_search import ALONE, enough, search, settings
 from passes.mla_shape import Shape, budget, even_split, lossless, split
-from passes.mla_source import Known, known
+from passes.mla_source import Known, known, shifted
 from passes.refit import refit
 from rewrite.heads import Latents, Rewritten, Weights
+from rewrite.modules import why_normed
 from rewrite.site import Latent, Site
 
 if TYPE_CHECKING:
     from passes import Stats
 
 Form = Literal["absorbed", "rebuilt"]
+Made = tuple[Latents, Weights, list[str]]
+WEIGHTS_ONLY = "weights only: distances and errors are not measured"
 POLISH_TOKENS = 16384
 """Calibration tokens whose keys and values a polish sees."""
 POLISH_EVERY = 3
@@ -117,13 +121,9 @@ class MLA:
         reason = self.refuse(site)
         if reason is not None:
             raise ValueError(f"{site.name}: {reason}")
-        seen = known(site, weights, None if stats is None else stats.moments, 0 if stats is None else stats.tokens)
         shape = self._shape(site)
-        notes: list[str] = []
-        if shape == lossless(site, self._rebuilt) and self.keep is None:
-            latents, made = exact(site, weights, self._rebuilt, seen.second)
-        else:
-            latents, made, notes = self._lossy(seen, weights, stats, shape)
+        convert = self._expanding if self._rebuilt else self._absorbing
+        latents, made, notes = convert(site, weights, stats, shape)
         form = self._form(Shape(latents.rank, latents.rope_dim))
         return Rewritten(replace(site, form=form), made, tuple(range(site.heads)), tuple(notes), latents)
 
@@ -147,32 +147,59 @@ class MLA:
             return split(site, budget(site, self.cache), self._rebuilt)
         return lossless(site, self._rebuilt)
 
-    def _lossy(
-        self, seen: Known, weights: Weights, stats: Stats | None, shape: Shape
-    ) -> tuple[Latents, Weights, list[str]]:
-        site = seen.site
-        seen = replace(seen, centred=seen.centred and not (self._rebuilt and site.k.rope is not None))
-        absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64), self.even)
-        if self.keep is not None:
-            shape = enough(absorber, self.keep, self._rebuilt)
-            if shape == lossless(site, self._rebuilt):
-                return (*exact(site, weights, self._rebuilt, seen.second), [])
+    def _expanding(self, site: Site, weights: Weights, stats: Stats | None, shape: Shape) -> Made:
+        """Keys are expanded at every step."""
+        full, reason = lossless(site, True).rank, why_normed(site) if site.k.norm is not None else None
+        notes = [] if reason is None else [f"{site.name}: keys are cached behind their norm: {reason}"]
+        if shape.rank == full and self.keep is None:
+            return (*exact(site, weights, True, cached_rows(site, weights, stats).second), notes)
+        stage = [] if stats is None else [*scenes(stats, weights, TRIAL_TOKENS)]
+        closed = rebuilder(site, weights, stats, stage)
+        rank = shape.rank if self.keep is None else closed.enough(self.keep, full)
+        if rank == full:
+            return (*exact(site, weights, True, closed.seen.second), notes)
+        way = (
+            UNMEASURED
+            if stats is None
+            else search_way(lambda w: _lost(stage, weights, closed.seen, closed.latents(w, rank)))
+        )
+        latents = closed.latents(way, rank)
+        made = shifted(closed.seen, weights, latents)
         if stats is None:
-            latents = self._alone(absorber, shape)
-            return latents, shifted(seen, weights, latents), ["weights only: distances and errors are not measured"]
+            return latents, made, [*notes, WEIGHTS_ONLY]
+        return self._refitted(latents, made, weights, stats, notes)
+
+    def _absorbing(self, site: Site, weights: Weights, stats: Stats | None, shape: Shape) -> Made:
+        """The latent is read as it is."""
+        seen = known(site, weights, None if stats is None else stats.moments, 0 if stats is None else stats.tokens)
+        absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64), self.even)
+        shape = shape if self.keep is None else enough(absorber, self.keep)
+        if shape == lossless(site, False):
+            return (*exact(site, weights, False, seen.second), [])
+        if stats is None:
+            setting = settings(absorber, shape.total, ALONE, self._fixed(shape))
+            latents = absorber.latents(setting, shape.total)
+            return latents, shifted(seen, weights, latents), [WEIGHTS_ONLY]
         stage = [*scenes(stats, weights, TRIAL_TOKENS)]
         felt = influence(stage, seen)
         seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
         absorber = Absorber(seen, felt.value_share, self.even)
-        setting = self._searched(absorber, weights, stage, shape)
-        latents = self._made(absorber, setting, shape)
+        total = shape.total
+        setting = search(
+            absorber, total, self._fixed(shape), lambda s: _lost(stage, weights, seen, absorber.latents(s, total))
+        )
+        latents = absorber.latents(setting, total)
         made = shifted(seen, weights, latents)
-        if not self.refit:
-            return latents, made, []
-        if self.polish and not self._rebuilt:
+        if self.refit and self.polish:
             latents, made = self._polished(absorber, weights, stats, setting, shape)
-        made, note = refit(made, measure(scenes(stats, weights), latents, made))
-        return latents, made, [f"{site.name}: {note}"] if note and not self.polish else []
+        return self._refitted(latents, made, weights, stats, [])
+
+    def _refitted(self, latents: Latents, made: Weights, source: Weights, stats: Stats, notes: list[str]) -> Made:
+        """With the output projection solved anew, where that is wanted."""
+        if not self.refit:
+            return latents, made, notes
+        made, note = refit(made, measure(scenes(stats, source), latents, made))
+        return latents, made, [*notes, *([note] if note and not self.polish else [])]
 
     def _polished(
         self, absorber: Absorber, weights: Weights, stats: Stats, setting: Setting, shape: Shape
@@ -193,40 +220,14 @@ class MLA:
             best = polish(stage, best.latents, best.weights, self.polish - first)
         return best.latents, best.weights
 
-    def _alone(self, absorber: Absorber, shape: Shape) -> Latents:
-        if self._rebuilt:
-            return absorber.rebuilt(ALONE, shape.rank)
-        return absorber.latents(settings(absorber, shape.total, ALONE, self._fixed(shape)), shape.total)
-
-    def _searched(self, absorber: Absorber, weights: Weights, stage: Sequence[Scene], shape: Shape) -> Setting:
-        """The setting with the least measured error."""
-
-        def lost(setting: Setting) -> float:
-            latents = self._made(absorber, setting, shape)
-            return error(stage, latents, shifted(absorber.known, weights, latents))
-
-        if self._rebuilt:
-            return search_factor(Trials(lost), lambda factor: Setting(factor, False, 0))
-        return search(absorber, shape.total, self._fixed(shape), lost)
-
-    def _made(self, absorber: Absorber, setting: Setting, shape: Shape) -> Latents:
-        if self._rebuilt:
-            return absorber.rebuilt(setting.factor, shape.rank)
-        return absorber.latents(setting, shape.total)
-
     def _fixed(self, shape: Shape) -> int | None:
         """How many channels turn, where that was asked for."""
         return shape.rope_dim if self.rank is not None or self.even else None
 
 
-def shifted(seen: Known, weights: Weights, latents: Latents) -> Weights:
-    """The output's bias with the mean of the values that the latent does not give back."""
-    if weights.out_bias is None or not seen.centred:
-        return weights
-    site = seen.site
-    mean = seen.mean[seen.keys :].reshape(site.v.heads, site.v.dim)[list(site.kv_of)]
-    lost = mean - latents.up_v @ (latents.down @ seen.mean)
-    return replace(weights, out_bias=weights.out_bias + torch.einsum("ohd,hd->o", weights.out, lost))
+def _lost(stage: Sequence[Scene], weights: Weights, seen: Known, latents: Latents) -> float:
+    """The measured error of some latents, the output's bias as it then is."""
+    return error(stage, latents, shifted(seen, weights, latents))
 
 
 def _each(value: float | tuple[float, ...] | None) -> tuple[float, ...]:

@@ -122,21 +122,6 @@ class Absorber:
         latents = Latents(down, turn, read, query_turn, up_v[kv], frequencies)
         return balanced(latents, known.second)
 
-    def rebuilt(self, factor: float, rank: int) -> Latents:
-        """The maps of the rebuilt form, whose keys turn after they are read back: no channel is taken out, no constant
-        stands in."""
-        known, site = self.known, self.known.site
-        setting = Setting(factor, False, 0)
-        features = self._features(setting)
-        _, vectors = torch.linalg.eigh(self._gram(features))
-        u = vectors[:, len(vectors) - rank :].flip(1)
-        up_k = features.up_k @ u[: known.keys].reshape(site.k.heads, site.k.dim, rank)
-        up_v = features.up_v @ u[known.keys :].reshape(site.v.heads, site.v.dim, rank)
-        turn, query_turn, frequencies = self._turning(setting)
-        kv = list(site.kv_of)
-        latents = Latents(u.T @ features.rows, turn, up_k[kv].mT, query_turn, up_v[kv], frequencies, up_k)
-        return balanced(latents, known.second)
-
     def _features(self, setting: Setting) -> _Features:
         """Rows N with E|N y|² in units of the output's error, and the way back to keys and values."""
         known, site = self.known, self.known.site
@@ -249,6 +234,7 @@ def balanced(latents: Latents, second: Tensor) -> Latents:
         up_v=latents.up_v / c,
         frequencies=latents.frequencies,
         up_k=None if latents.up_k is None else latents.up_k / c,
+        key_norm=latents.key_norm,
     )
 
 

@@ -12,14 +12,15 @@ from passes.mla_absorb import balanced
 from passes.mla_shape import Shape, constants_are_free, lossless
 from passes.mla_source import plain_dims
 from rewrite.heads import Heads, Latents, Weights
+from rewrite.modules import key_norm, raw_weights
 from rewrite.site import Rope, Site
 
 
 def exact(site: Site, weights: Weights, rebuilt: bool, second: Tensor) -> tuple[Latents, Weights]:
     """The latent, and the weights with the output's bias that goes with it."""
     shape = lossless(site, rebuilt)
-    rows = _still_rows(site, rebuilt)
-    basis, constant = _basis(site, weights, rows, shape)
+    rows, norm = _still_rows(site, rebuilt), key_norm(site, weights) if rebuilt else None
+    basis, constant = _basis(site, weights if norm is None else raw_weights(weights), rows, shape)
     count = site.k.heads * site.k.dim + site.v.heads * site.v.dim
     up = torch.zeros(count, shape.rank, dtype=torch.float64)
     up[rows] = basis
@@ -36,6 +37,7 @@ def exact(site: Site, weights: Weights, rebuilt: bool, second: Tensor) -> tuple[
         up_v=up_v[kv],
         frequencies=frequencies[:0] if rebuilt else frequencies,
         up_k=up_k if rebuilt else None,
+        key_norm=norm,
     )
     lost = constant[keys:].reshape(site.v.heads, site.v.dim)[kv]
     moved = torch.einsum("ohd,hd->o", weights.out, lost)

@@ -34,14 +34,14 @@ class Influence:
     within: Tensor
 
 
-def influence(stage: Iterable[Scene], known: Known) -> Influence:
-    """Measured on some queries of every scene."""
+def influence(stage: Iterable[Scene], known: Known, raw: bool = False) -> Influence:
+    """Measured on some queries of every scene; `raw`: `within` is of raw keys."""
     site, f = known.site, len(known.mean)
     score, queries = torch.zeros(site.heads, dtype=torch.float64), 0
     mean = torch.zeros(site.heads, site.v.dim, dtype=torch.float64)
     second = torch.zeros(site.heads, site.v.dim, site.v.dim, dtype=torch.float64)
     within = torch.zeros(f, f, dtype=torch.float64)
-    metric = _metric(known)
+    metric = query_metric(known)
     for scene in stage:
         p = _some(scene)
         queries += p.shape[0] * p.shape[2]
@@ -51,7 +51,7 @@ def influence(stage: Iterable[Scene], known: Known) -> Influence:
             average = (p[:, head] @ v[:, i]).flatten(0, 1).double()
             mean[head] += average.sum(0)
             second[head] += average.T @ average
-        within += _within(p, scene.y)
+        within += _within(p, scene.raw if raw else scene.y)
     mean, second = mean / queries, second / queries
     averaged = second - torch.einsum("hd,he->hde", mean, mean)
     k_cov, v_cov = _covariances(known)
@@ -86,8 +86,9 @@ def _keys_values(scene: Scene) -> tuple[Tensor, Tensor]:
     return k, v.unflatten(-1, (site.v.heads, -1)).transpose(1, 2)
 
 
-def _metric(known: Known) -> Tensor:
-    """(h, d, d) E[q qᵀ], of turning pairs their mean size alone: what is left wherever the query stands."""
+def query_metric(known: Known) -> Tensor:
+    """(h, d, d) what an error of the key does to the score: E[q qᵀ], of turning pairs their mean size alone, which is
+    what is left wherever the query stands."""
     metric = torch.zeros_like(known.q)
     plain = known.plain
     metric[:, plain[:, None], plain] = known.q[:, plain[:, None], plain]

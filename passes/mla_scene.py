@@ -33,6 +33,8 @@ class Scene:
     """(b, h, t, d) before the rope; t counts the queries that are looked at"""
     y: Tensor
     """(b, s, features)"""
+    raw: Tensor
+    """The same with keys as the projection gives them, where these have a norm; else the very same."""
     added: Tensor
     """(b, h, t, s) mask and biases of the scores; -inf where nothing is seen"""
     sink: Tensor | None
@@ -65,7 +67,8 @@ class Scene:
 
     def heads(self, latents: Latents) -> Tensor:
         """(b, h, t, dv) the heads' outputs with a latent."""
-        return attention(latents, self.site, self.q, self.y, added=self.added, sink=self.sink, q_at=self.at)
+        y = self.y if latents.key_norm is None else self.raw
+        return attention(latents, self.site, self.q, y, added=self.added, sink=self.sink, q_at=self.at)
 
 
 def scenes(stats: Stats, source: Weights, limit: int | None = None, every: int = 1) -> Iterator[Scene]:
@@ -84,10 +87,12 @@ def scenes(stats: Stats, source: Weights, limit: int | None = None, every: int =
 
 
 def _scene(batch: SiteBatch, take: int, source: Weights, every: int, before: int) -> Scene:
-    seen = trial(replace(batch, u={}, q=batch.q[:take], k=batch.k[:take], v=batch.v[:take], p=lambda: batch.p()[:take]))
+    u = {n: x[:take] for n, x in batch.u.items()}
+    seen = trial(replace(batch, u=u, q=batch.q[:take], k=batch.k[:take], v=batch.v[:take], p=lambda: batch.p()[:take]))
     _, heads, t, s = seen.p.shape
     at = torch.arange(0, t, max(every, -(-take * heads * t * s // SCORES)))
     out = torch.einsum("bhtd,ohd->bto", seen.original()[:, :, at], source.out)
+    y = features(seen.k, seen.v).to(REAL)
     keep = torch.ones(take, t, dtype=torch.bool)
     if batch.keep is not None and batch.keep.shape[1] == t:
         keep = batch.keep[:take]
@@ -99,7 +104,8 @@ def _scene(batch: SiteBatch, take: int, source: Weights, every: int, before: int
     return Scene(
         batch.site,
         q=seen.q[:, :, at].to(REAL),
-        y=features(seen.k, seen.v).to(REAL),
+        y=y,
+        raw=y if batch.site.k.norm is None else features(seen.raw_k, seen.v).to(REAL),
         added=seen.added[:, :, at].to(REAL),
         sink=None if seen.sink is None else seen.sink[:, :, at].to(REAL),
         p=seen.p[:, :, at].to(REAL),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -21,7 +22,18 @@ GRID = 8
 WIDE = 1024
 """Features beyond which few settings are tried."""
 WIDE_FACTORS = (0.3, 1.0, 3.0)
-Error = Callable[[Setting], float]
+
+
+class Factored(Protocol):
+    """What a factor of the keys' errors is a part of."""
+
+    @property
+    def factor(self) -> float:
+        """The factor."""
+        ...
+
+
+S = TypeVar("S", bound=Factored)
 
 
 def settings(absorber: Absorber, total: int, factor: float, rope_dim: int | None, mean_phase: bool = True) -> Setting:
@@ -44,15 +56,13 @@ def wide(absorber: Absorber) -> bool:
     return len(absorber.known.mean) > WIDE
 
 
-def enough(absorber: Absorber, keep: float, rebuilt: bool) -> Shape:
+def enough(absorber: Absorber, keep: float) -> Shape:
     """The least shape of which no more than 1 - `keep` of what the output hangs on is lost."""
-    full = lossless(absorber.known.site, rebuilt)
+    full = lossless(absorber.known.site, False)
     shapes: list[Shape] = []
     nothing: float | None = None
-    for rope_dim in (0,) if rebuilt else grid(absorber, full.total):
-        losses = absorber.losses(Setting(ALONE, not rebuilt, rope_dim))
-        # rebuilt keys turn, so that no constant stands in for a rotation: what is left at full rank is not lost
-        losses = losses - losses[-1] if rebuilt else losses
+    for rope_dim in grid(absorber, full.total):
+        losses = absorber.losses(Setting(ALONE, True, rope_dim))
         nothing = float(losses[0]) if nothing is None else nothing
         fits = losses <= (1 - keep) * nothing
         if bool(fits.any()):
@@ -62,13 +72,13 @@ def enough(absorber: Absorber, keep: float, rebuilt: bool) -> Shape:
 
 
 @dataclass
-class Trials:
+class Trials(Generic[S]):
     """Settings and their measured errors."""
 
-    error: Error
-    known: dict[Setting, float] = field(default_factory=dict)
+    error: Callable[[S], float]
+    known: dict[S, float] = field(default_factory=dict)
 
-    def best(self, candidates: Iterable[Setting]) -> Setting:
+    def best(self, candidates: Iterable[S]) -> S:
         """The best so far, these included."""
         for setting in candidates:
             if setting not in self.known:
@@ -76,7 +86,7 @@ class Trials:
         return min(self.known, key=lambda s: self.known[s])
 
 
-def search(absorber: Absorber, total: int, rope_dim: int | None, error: Error) -> Setting:
+def search(absorber: Absorber, total: int, rope_dim: int | None, error: Callable[[Setting], float]) -> Setting:
     """Factor, then stand-in, then split, each with the least measured error."""
     trials = Trials(error)
     if wide(absorber):
@@ -102,7 +112,7 @@ def search(absorber: Absorber, total: int, rope_dim: int | None, error: Error) -
     return now
 
 
-def search_factor(trials: Trials, at: Callable[[float], Setting]) -> Setting:
+def search_factor(trials: Trials[S], at: Callable[[float], S]) -> S:
     """Wide steps first, then narrower ones around the best, as far as they help."""
     now = trials.best(at(f) for f in FACTORS)
     for _ in range(WIDENINGS):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from passes.gqa_source import shift_invariant
 from passes.mla_source import plain_dims
+from rewrite.modules import caches_raw, raw_keys
 from rewrite.site import Operand, Output, Sink, Site
 
 TURNING_PART = 3
@@ -48,13 +49,13 @@ def constants_are_free(site: Site) -> bool:
 
 def inputs(site: Site, rebuilt: bool) -> int | None:
     """How many numbers of a token keys and values come from, None where they are no linear function of them."""
-    still = rebuilt or bool(len(plain_dims(site)))
-    operands = [*((site.k,) if still else ()), site.v]
+    still, raw = rebuilt or bool(len(plain_dims(site))), rebuilt and caches_raw(site)
+    operands = [*((raw_keys(site.k) if raw else site.k,) if still else ()), site.v]
     if not all(linear(o) for o in operands):
         return None
     sources = {o.roots[0].source: o.roots[0].columns for o in operands}
     biased = any(o.roots[0].bias is not None for o in operands)
-    kept = biased and (not constants_are_free(site) or (rebuilt and site.k.rope is not None))
+    kept = biased and (not constants_are_free(site) or (rebuilt and (raw or site.k.rope is not None)))
     return sum(sources.values()) + kept
 
 

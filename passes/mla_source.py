@@ -7,7 +7,7 @@ From calibration sums where there are any, else from the weights alone (inputs w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from passes.gqa_source import SUPPOSED, facts, floored, readers, shift_invariant
 from passes.gqa_values import carries_mean
 from passes.moments import frequencies
-from rewrite.heads import Weights
+from rewrite.heads import Latents, Weights
 from rewrite.site import Site
 
 
@@ -120,6 +120,16 @@ def start_gap(site: Site) -> Tensor:
     if q is None or k is None:
         return torch.zeros(0, dtype=torch.float64)
     return torch.from_numpy(k.start - q.start).double()
+
+
+def shifted(seen: Known, weights: Weights, latents: Latents) -> Weights:
+    """The output's bias with the mean of the values that the latent does not give back."""
+    if weights.out_bias is None or not seen.centred:
+        return weights
+    site = seen.site
+    mean = seen.mean[seen.keys :].reshape(site.v.heads, site.v.dim)[list(site.kv_of)]
+    lost = mean - latents.up_v @ (latents.down @ seen.mean)
+    return replace(weights, out_bias=weights.out_bias + torch.einsum("ohd,hd->o", weights.out, lost))
 
 
 def _from_weights(site: Site, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,6 +30,11 @@ class SiteBatch:
     keep: Tensor | None
     """(b, t) bool: tokens that count; None where all do."""
 
+    @property
+    def raw_k(self) -> Tensor:
+        """(b, g, t, d): keys as the projection gives them, before norm and gain."""
+        return self.u["k"][..., torch.from_numpy(self.site.k.rows)].transpose(1, 2)
+
 
 def q_gram(batch: SiteBatch) -> Tensor:
     """(h, d, d) sum of q qᵀ, head by head."""
@@ -49,7 +54,16 @@ def v_gram(batch: SiteBatch) -> Tensor:
 
 def kv_gram(batch: SiteBatch) -> Tensor:
     """(g*d + g*dv + 1, ...) sum of ỹ ỹᵀ, y the keys of all heads, then their values, and a 1 behind them."""
-    k, v = (_counted(x, batch.keep).transpose(0, 1).flatten(1) for x in (batch.k, batch.v))
+    return _joint_gram(batch, batch.k)
+
+
+def raw_gram(batch: SiteBatch) -> Tensor:
+    """The same with raw keys."""
+    return _joint_gram(batch, batch.raw_k)
+
+
+def _joint_gram(batch: SiteBatch, keys: Tensor) -> Tensor:
+    k, v = (_counted(x, batch.keep).transpose(0, 1).flatten(1) for x in (keys, batch.v))
     flat = torch.cat([k, v, torch.ones_like(k[:, :1])], 1)
     return flat.T @ flat
 

@@ -26,6 +26,8 @@ class Trial:
     q: Tensor
     k: Tensor
     v: Tensor
+    raw_k: Tensor
+    """(b, g, s, d) keys before their norm"""
     p: Tensor
     added: Tensor
     """(b, h, t, s) mask and biases; -inf where nothing is seen"""
@@ -34,7 +36,7 @@ class Trial:
 
     def latent(self, latents: Latents) -> Tensor:
         """(b, h, t, dv): the heads' outputs with a latent in place of keys and values."""
-        y = features(self.k, self.v)
+        y = features(self.k if latents.key_norm is None else self.raw_k, self.v)
         return attention(latents, self.site, self.q, y, added=self.added, sink=self.sink)
 
     def original(self) -> Tensor:
@@ -56,7 +58,7 @@ def trial(batch: SiteBatch) -> Trial:
     sink = None
     if any(isinstance(m, Sink) for m in site.mods):
         sink = (1 - p.sum(-1, keepdim=True)).clamp(min=1e-300).log()
-    return Trial(site, q, k, v, p, added, sink)
+    return Trial(site, q, k, v, batch.raw_k.double(), p, added, sink)
 
 
 def heads_outputs(latents: Latents, batch: SiteBatch) -> Tensor:

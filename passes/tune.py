@@ -140,7 +140,7 @@ def _cut(scene: Scene) -> list[Scene]:
 
 def _rows(scene: Scene, rows: Sequence[int]) -> Scene:
     pick = list(rows)
-    names = ("q", "y", "added", "p", "out", "keep", "judges")
+    names = ("q", "y", "raw", "added", "p", "out", "keep", "judges")
     parts: dict[str, Any] = {n: getattr(scene, n)[pick] for n in names}
     if isinstance(scene, RowScene):
         parts["rows"] = tuple(x[pick] for x in scene.rows)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rewrite.site import Site
+    from rewrite.site import Norm, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,14 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
+class KeyNorm:
+    """What the model does to raw keys (g, d) of a token: gain (g, d) times norm."""
+
+    norm: Norm
+    gain: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Latents:
     """What a site caches in place of keys and values, and how it is read. Float64.
 
@@ -43,7 +51,8 @@ class Latents:
         output     out[h] @ (up_v[h] @ (sum_s p_s c_s)),  then out_bias
 
     q_h is the query before the rope. A constant start of the source's rope stands in `turn` and `query_turn`.
-    Rebuilt: no rope channels; the key of kv head i is up_k[i] @ c, and is turned by the source's own rope.
+    Rebuilt: no rope channels; the key of kv head i is up_k[i] @ c, and is turned by the source's own rope. With
+    `key_norm` the keys in y are raw, as the projection gives them, and rebuilt keys are normed before they turn.
     """
 
     down: Tensor
@@ -60,6 +69,8 @@ class Latents:
     """(rope_dim / 2,), in radians per token; one may occur several times"""
     up_k: Tensor | None = None
     """(g, d, rank), of the rebuilt form alone"""
+    key_norm: KeyNorm | None = None
+    """Of the rebuilt form alone"""
 
     @property
     def rank(self) -> int:

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from rewrite.emit import runtime
 from rewrite.emit.edits import edited
 from rewrite.emit.files import dress
-from rewrite.emit.observe import Log, observe, owner
+from rewrite.emit.observe import Log, observe
 from rewrite.emit.stock import Field, Pairs, config_with, fields, rebuilt, smaller
 from rewrite.emit.twin import as_before, in_float, put, table, twin
 from rewrite.emit.validate import differs, kernels, too_much_held, unsteady
 from rewrite.emit.view import Recipe, projections, recipes, small_tensors
 from rewrite.heads import Rewritten
 from rewrite.layout import Edits
+from rewrite.modules import owner
 from rewrite.site import Output, Site
 
 Changes = Mapping[str, tuple[Site, Rewritten]]

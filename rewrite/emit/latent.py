@@ -19,11 +19,12 @@ from rewrite.emit import runtime
 from rewrite.emit.choose import Changes, Emitted, padded, unfit
 from rewrite.emit.edits import edited
 from rewrite.emit.files import dress
-from rewrite.emit.observe import Log, Table, observe, owner
+from rewrite.emit.observe import Log, Table, observe
 from rewrite.emit.twin import as_before, in_float, put, table, twin
 from rewrite.emit.validate import differs, inconsistent, latents_held
 from rewrite.exact import exact_latents, exact_rebuilt
 from rewrite.heads import Latents, Rewritten
+from rewrite.modules import key_norm_module, owner
 from rewrite.site import FloatArray, Rope, Site
 
 Recipe = dict[str, Any]
@@ -96,9 +97,38 @@ def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Re
         "form": "latent",
         "module": owner(site),
         "rebuilt": latents.up_k is not None,
+        "key_norm": None,
         "shown": shown,
     }
+    if latents.key_norm is not None:
+        norm = _key_norm(site, log, _factor(site, rope))
+        if isinstance(norm, str):
+            return norm
+        place |= {"key_norm": norm}
     return place | {"sizes": sizes, "keep": keep, "rope": rope}
+
+
+def _key_norm(site: Site, log: Log, factor: float) -> Recipe | str:
+    """How the module that norms the keys takes them."""
+    path, g, d = key_norm_module(site), site.k.heads, site.k.dim
+    given = log.normed.get(path, [])
+    calls = [s[1:] for s in given]
+    if len(given) != log.called:
+        return f"its key norm '{path}' ran {len(given)} times in {log.called} calls"
+    for shape, fits in (
+        ("row", lambda s: len(s) == 2 and s[1] == g * d),
+        ("tokens", lambda s: len(s) == 3 and s[1:] == (g, d)),
+        ("heads", lambda s: len(s) == 3 and s[::2] == (g, d)),
+    ):
+        if all(fits(s) for s in calls):
+            return {"module": path, "shape": shape, "factor": factor}
+    return f"its key norm '{path}' is given {sorted(set(given))}, not {g} heads of {d} of every token"
+
+
+def _factor(site: Site, rope: Recipe | None) -> float:
+    """What the keys and queries that the module shows are multiplied by: it stands in its rope's table or behind it."""
+    turned = 1.0 if rope is None else float(rope["factor"])
+    return turned if site.k.after is None else float(site.k.after.constant.reshape(-1)[0])
 
 
 def _unwritten(log: Log) -> str | None:
@@ -171,7 +201,8 @@ def _unproven(
 
 def _exact(site: Site, new: Rewritten) -> Latents:
     """Latents of the same kind that lose nothing."""
-    return exact_rebuilt(site) if _of(new).up_k is not None else exact_latents(site)
+    held = _of(new)
+    return exact_latents(site) if held.up_k is None else replace(exact_rebuilt(site), key_norm=held.key_norm)
 
 
 def _built(source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log]) -> PreTrainedModel:
@@ -212,9 +243,7 @@ def _of(new: Rewritten) -> Latents:
 def _fill(made: PreTrainedModel, changes: Changes, recipes: Recipe) -> None:
     for one in recipes["sites"]:
         site, new = changes[one["site"]]
-        turned = 1.0 if one["rope"] is None else float(one["rope"]["factor"])
-        factor = turned if site.k.after is None else float(site.k.after.constant.reshape(-1)[0])
-        for name, value in module_tensors(site, _of(new), factor).items():
+        for name, value in module_tensors(site, _of(new), _factor(site, one["rope"])).items():
             put(made, f"{owner(site)}.reattn.{name}", value)
 
 
@@ -225,7 +254,9 @@ def module_tensors(site: Site, latents: Latents, factor: float) -> dict[str, Ten
     down[:, : site.k.heads * site.k.dim] /= factor
     out = {"down": down, "up_v": latents.up_v}
     if latents.up_k is not None:
-        return {name: value.float().contiguous() for name, value in (out | {"up_k": latents.up_k * factor}).items()}
+        # behind a norm the factor would have no effect: there the runtime puts it on what the norm gives
+        out["up_k"] = latents.up_k * (factor if latents.key_norm is None else 1.0)
+        return {name: value.float().contiguous() for name, value in out.items()}
     out["read"] = latents.read * factor
     if latents.rope_dim:
         out["query_turn"] = latents.query_turn * factor

@@ -16,21 +16,11 @@ from transformers import AttentionInterface, Cache, EncoderDecoderCache, PreTrai
 from rewrite.emit.runtime import CacheView, EncoderDecoderView
 from rewrite.emit.runtime.latent_entry import kernel_of
 from rewrite.emit.validate import greedy
+from rewrite.modules import caches_raw, key_norm_module, owner
 from rewrite.site import Site
 
 WATCHED = "reattn_watched"
 """The name under which a kernel is registered that notes its calls."""
-
-
-def owner(site: Site) -> str:
-    """The module that holds all projections of the site."""
-    paths = [r.tensor.split(".")[:-2] for o in (site.q, site.k, site.v) for r in o.roots]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
 
 
 @dataclass(frozen=True)
@@ -65,6 +55,8 @@ class Log:
     writes: list[Write] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     """Rope tables among the arguments."""
+    normed: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    """Key norms that are modules: the shapes they were given, call by call."""
     kernels: int = 0
     """How often the module asked for its attention kernel by the name in its config and called it."""
 
@@ -147,7 +139,8 @@ def _place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @contextmanager
-def _watching(model: nn.Module, paths: Sequence[str]) -> Generator[dict[str, Log]]:
+def _watching(model: nn.Module, paths: Sequence[str], norms: Mapping[str, str]) -> Generator[dict[str, Log]]:
+    """`norms`: key norm -> the module whose log it stands in."""
     logs = {path: Log() for path in dict.fromkeys(paths)}
     handles: list[Any] = []
 
@@ -163,11 +156,21 @@ def _watching(model: nn.Module, paths: Sequence[str]) -> Generator[dict[str, Log
     try:
         for path, log in logs.items():
             handles.append(model.get_submodule(path).register_forward_pre_hook(watch(log), with_kwargs=True))
+        for path, held in norms.items():
+            shapes = logs[held].normed.setdefault(path, [])
+            handles.append(model.get_submodule(path).register_forward_pre_hook(_shapes_into(shapes)))
         with _kernels_watched({model.get_submodule(path): log for path, log in logs.items()}):
             yield logs
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shapes_into(shapes: list[tuple[int, ...]]) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        shapes.append(tuple(args[0].shape))
+
+    return hook
 
 
 @contextmanager
@@ -196,7 +199,8 @@ def _kernels_watched(logs: Mapping[nn.Module, Log]) -> Generator[None]:
 def observe(model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, Any]) -> dict[str, Log]:
     """Owner path -> what happened while two tokens were generated (in one forward where the model generates none)."""
     paths = [owner(s) for s in sites]
-    with torch.no_grad(), _watching(model, paths) as logs:
+    norms = {key_norm_module(s): owner(s) for s in sites if caches_raw(s)}
+    with torch.no_grad(), _watching(model, paths, norms) as logs:
         if model.can_generate():
             try:
                 greedy(model, inputs, 2)
@@ -205,6 +209,6 @@ def observe(model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, 
             except Exception:
                 logs = None
     if logs is None or not model.can_generate():
-        with torch.no_grad(), _watching(model, paths) as logs:
+        with torch.no_grad(), _watching(model, paths, norms) as logs:
             model(**inputs)
     return logs

@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from rewrite.emit.edits import head_gains, repeated_rows
-from rewrite.emit.observe import Log, owner
+from rewrite.emit.observe import Log
 from rewrite.layout import kv_slots
+from rewrite.modules import owner
 from rewrite.site import IntArray, Site
 
 Recipe = dict[str, Any]

@@ -23,8 +23,17 @@ from rewrite.site import Site
 from tests.zoo import BY_NAME
 
 Made = tuple[PreTrainedModel, dict[str, Any], Emitted]
-KINDS = ("llama-gqa-sdpa", "qwen3-sdpa", "gpt2-sdpa", "gemma2-eager", "gpt_oss-eager", "phi-sdpa", "cohere-sdpa")
-"""Grouped, a norm, no rope, a cap and a window, sinks, a rope on some dims, an interleaved one."""
+KINDS = (
+    "llama-gqa-sdpa",
+    "qwen3-sdpa",
+    "olmo2-sdpa",
+    "gpt2-sdpa",
+    "gemma2-eager",
+    "gpt_oss-eager",
+    "phi-sdpa",
+    "cohere-sdpa",
+)
+"""Grouped, a norm of a head, of all heads, no rope, a cap and a window, sinks, a rope on some dims, interleaved."""
 STILL = ("gpt2-sdpa", "opt-sdpa", "bloom-eager", "mpt-eager", "bart-sdpa", "whisper-sdpa")
 """Nothing rotates: keys and values are a linear function of fewer numbers."""
 

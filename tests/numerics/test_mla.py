@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from codegen.eager import normed as eager_norm
 from codegen.latent import attention, features
 from passes.mla import MLA
+from passes.mla_rebuilt import through
 from passes.moments import NEEDS, frequencies
 from passes.trial import trial
-from rewrite.heads import Heads, Rewritten, Weights
+from rewrite.heads import Heads, KeyNorm, Rewritten, Weights
 from rewrite.layout import gather
 from rewrite.site import Affine, Latent, Norm, Rope, Site, Softcap
-from tests.attend import HandStats, normed, output, stats_of
+from tests.attend import HandStats, normed, output, raw, stats_of
 from tests.sites import half_rope, make_site
 
 TWISTED = Rope(np.array([[0, 1], [2, 3]]), np.array([1.0, 0.1]), np.array([0.0, 0.3]))
@@ -25,9 +27,26 @@ ROPES = {"none": (None, 4), "half": (half_rope(4), 4), "interleaved": (TWISTED, 
 RMS, LAYER, ROW = Norm("rms", "head", 1e-6), Norm("layer", "head", 1e-5), Norm("rms", "row", 1e-6)
 
 
-def drawn(name: str, bias: bool = True, heads: int = 4, kv_heads: int = 4, norm: Norm | None = None, width: int = 24):
+def drawn(
+    name: str,
+    bias: bool = True,
+    heads: int = 4,
+    kv_heads: int = 4,
+    norm: Norm | None = None,
+    width: int = 24,
+    module: bool = False,
+):
+    """`module`: the key norm is a module with a gain of its own, so that it can be left out and applied later."""
     rope, dim = ROPES[name]
     site, tensors = make_site(heads=heads, kv_heads=kv_heads, dim=dim, width=width, bias=bias, rope=rope, norm=norm)
+    if module:
+        row = norm is not None and norm.over == "row"
+        index = np.arange(kv_heads * dim).reshape(kv_heads, dim) if row else np.tile(np.arange(dim), (kv_heads, 1))
+        gain = Affine(np.zeros(()), np.ones(()), "k_norm.weight", index)
+        site = replace(site, k=replace(site.k, gain=gain))
+        tensors["k_norm.weight"] = (
+            0.5 + torch.rand(index.max() + 1, generator=torch.Generator().manual_seed(3)).double()
+        )
     shrunk = {n: t * (0.3 if n.endswith("weight") else 1.0) for n, t in tensors.items()}
     # a scale that single precision holds too
     site = replace(site, scale=(0.5,))
@@ -47,6 +66,8 @@ def error(site: Site, source: Weights, made: Rewritten, seed: int = 7) -> float:
 def written(site: Site, source: Weights, made: Rewritten, x: Tensor) -> Tensor:
     q, k, v = (normed(o, h, x) for o, h in ((site.q, source.q), (site.k, source.k), (site.v, source.v)))
     t = x.shape[1]
+    assert made.latents is not None
+    k = k if made.latents.key_norm is None else raw(source.k, x).transpose(1, 2)
     causal = torch.zeros(t, t).double().masked_fill(torch.ones(t, t).triu(1) > 0, -torch.inf)
     return attention(made.latents, made.site, q, features(k, v), added=causal)
 
@@ -60,6 +81,9 @@ KINDS = {
     "rms": {"norm": RMS},
     "rms of a row": {"norm": ROW, "kv_heads": 2},
     "layer": {"norm": LAYER},
+    "rms module": {"norm": RMS, "module": True},
+    "narrow rms module": {"norm": RMS, "module": True, "width": 5},
+    "row module": {"norm": ROW, "module": True, "kv_heads": 2},
 }
 
 
@@ -76,6 +100,57 @@ def test_the_whole_cache_loses_nothing(kind: str, rope: str, form: str, cap: boo
     assert made.site == target.after(site)
     assert made.site.cache_per_token <= site.cache_per_token
     assert error(site, w, made) < 1e-9
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [RMS, LAYER, ROW], ids=["rms", "layer", "row"])
+def test_raw_keys_are_a_function_of_the_inputs(norm: Norm, bias: bool) -> None:
+    """Behind a norm keys are none; a bias is one more number, and one less than that loses."""
+    site, w = drawn("half", width=5, norm=norm, module=True, bias=bias)
+    whole = MLA(cache=1.0, form="rebuilt")
+    assert whole.after(site).form == Latent(5 + bias, 0, True)
+    assert error(site, w, whole.rewrite(site, w, None)) < 1e-9
+    assert error(site, w, MLA(rank=4 + bias, form="rebuilt").rewrite(site, w, None)) > 1e-3
+    assert MLA(cache=1.0).after(site).form != Latent(5 + bias, 0)
+
+
+@pytest.mark.parametrize("norm", [RMS, LAYER, ROW, Norm("l2", "head", 1e-3)], ids=["rms", "layer", "row", "l2"])
+def test_what_errors_of_raw_keys_cost_is_the_norms_derivative(norm: Norm) -> None:
+    """By central differences of the norm itself, on every token."""
+    g, d = 2, 4
+    make = torch.Generator().manual_seed(0)
+    x, half = torch.randn(6, g, d, generator=make).double(), torch.randn(g, d, d, generator=make).double()
+    behind = KeyNorm(norm, 1 + torch.rand(g, d, generator=make).double())
+    cost = half @ half.mT
+    want = torch.zeros(g * d, g * d).double()
+    for row in x:
+        jacobian = torch.autograd.functional.jacobian(
+            lambda u: (eager_norm(norm, u.reshape(1, g, 1, d))[0, :, 0] * behind.gain).flatten(), row.flatten()
+        )
+        want += jacobian.T @ torch.block_diag(*cost) @ jacobian / len(x)
+    assert torch.allclose(torch.block_diag(*through(behind, cost, x)), want, atol=1e-9)
+
+
+def test_keys_that_cannot_be_raw_are_cached_behind_their_norm() -> None:
+    site, w = drawn("half", norm=RMS)
+    made = MLA(cache=0.5, form="rebuilt").rewrite(site, w, None)
+    assert made.latents is not None
+    assert made.latents.key_norm is None
+    assert any("its key norm has no parameter" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("norm", [RMS, ROW], ids=["rms", "row"])
+def test_raw_keys_lose_less_than_normed_ones(norm: Norm) -> None:
+    """Inputs of 6 directions of 24: raw keys and values are of rank 6, normed keys are not."""
+    site, w = drawn("half", norm=norm, module=True, bias=False)
+    thin = torch.randn(6, 24, generator=torch.Generator().manual_seed(1)).double()
+    thin = thin.T @ torch.linalg.inv(thin @ thin.T) @ thin
+    q, k, v = (replace(h, weight=h.weight @ thin) for h in (w.q, w.k, w.v))
+    w = replace(w, q=q, k=k, v=v)
+    stats = stats_of(site, w, rows=8)
+    plain = replace(site, k=replace(site.k, gain=Affine(w.k.gain.numpy())))
+    raws, normeds = (MLA(rank=8, form="rebuilt").rewrite(s, w, stats) for s in (site, plain))
+    assert error(site, w, raws) < 1e-6 < 1e-3 < error(plain, w, normeds)
 
 
 def test_where_nothing_turns_the_inputs_are_enough() -> None:

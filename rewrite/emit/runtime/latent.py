@@ -121,6 +121,24 @@ CHUNK = 1024
 """Tokens whose keys are rebuilt at a time while one query is decoded."""
 
 
+class KeyNorm:
+    """The norm of a module's keys, taken out of its place: there it gives back what it is given, and what the module
+    caches are raw keys. `shape` says how it takes them: "row" (batch, tokens, g * d), "tokens" (batch, tokens, g, d) or
+    "heads" (batch, g, tokens, d). `factor` stands behind it."""
+
+    def __init__(self, norm: nn.Module, shape: str, factor: float) -> None:
+        self.norm, self.shape, self.factor = norm, shape, factor
+        norm.register_forward_hook(lambda _, given, __: given[0])
+
+    def normed(self, k: Tensor) -> Tensor:
+        """k (batch, g, tokens, d) as the module's norm makes it."""
+        if self.shape == "heads":
+            return self.norm.forward(k) * self.factor
+        k = k.transpose(1, 2)
+        made = self.norm.forward(k.flatten(2)).view(k.shape) if self.shape == "row" else self.norm.forward(k)
+        return made.transpose(1, 2) * self.factor
+
+
 class Rebuilt(Latent):
     """The latent alone is held; keys are expanded from it and turned at every step. `pairs` (2, n): the dims of a
     head that turn together, `turns` (n,) by how much a token, `kv_of` the kv head of every query head."""
@@ -132,6 +150,7 @@ class Rebuilt(Latent):
         self.up_k = nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))
         self.pairs = None if rope is None else rope["pairs"]
         self.turns = None if rope is None else rope["turns"]
+        self.norm: KeyNorm | None = None
 
     def queries(self, q: Tensor) -> Tensor:
         """q (batch, h, tokens, d) turned by the call's rope."""
@@ -150,6 +169,7 @@ class Rebuilt(Latent):
         """(batch, h, tokens, d): keys of some held tokens, the first of which stands at `start` among all that are
         held; the call's last query stands at `last`. Tokens are taken to follow one another without gaps."""
         k = torch.einsum("bsr,gdr->bgsd", c, self.up_k)
+        k = k if self.norm is None else self.norm.normed(k)
         cos, sin = self.call.cos, self.call.sin
         if cos is not None and sin is not None:
             away = torch.arange(start, start + c.shape[1], device=c.device) - last

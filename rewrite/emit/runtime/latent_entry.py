@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, EncoderDecoderCache
 
 from rewrite.emit.runtime.heads import Part
-from rewrite.emit.runtime.latent import Latent, Rebuilt, Shown
+from rewrite.emit.runtime.latent import KeyNorm, Latent, Rebuilt, Shown
 from rewrite.emit.runtime.latent_views import LatentPair, LatentView, Show
 
 KERNEL = "reattn_latent"
@@ -83,6 +83,9 @@ def install_latent(model: Part, recipe: dict[str, Any]) -> None:
     like = next(p for p in module.parameters() if p.is_floating_point())
     if recipe["rebuilt"]:
         module.reattn = Rebuilt(recipe["sizes"], recipe["keep"], like, recipe["rope"])
+        norm = recipe["key_norm"]
+        if norm is not None:
+            module.reattn.norm = KeyNorm(model.get_submodule(norm["module"]), norm["shape"], norm["factor"])
     else:
         module.reattn = Latent(recipe["sizes"], recipe["keep"], like)
     if recipe["shown"] is not None:
