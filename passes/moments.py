@@ -14,6 +14,10 @@ from torch import Tensor
 from rewrite.site import Norm, Operand, Rope, Site
 
 
+SCORES = 1 << 25
+"""Scores (windows x heads x queries x keys) that are held at once: a quarter of a gigabyte in float64."""
+
+
 @dataclass(frozen=True, eq=False)
 class SiteBatch:
     """What one site sees on one batch."""
@@ -29,6 +33,12 @@ class SiteBatch:
     """Attention probabilities (b, h, t, s) of the site on this batch; computed when asked for."""
     keep: Tensor | None
     """(b, t) bool: tokens that count; None where all do."""
+    part: Callable[[slice, Tensor | None], Tensor] | None = None
+    """`p` of some windows and some queries, where it can be had without the others: a long window's are gigabytes."""
+
+    def some(self, windows: slice, queries: Tensor) -> Tensor:
+        """(windows, h, queries, s) of `p`."""
+        return self.p()[windows][:, :, queries] if self.part is None else self.part(windows, queries)
 
 
 def q_gram(batch: SiteBatch) -> Tensor:
@@ -87,11 +97,12 @@ def turns(batch: SiteBatch) -> Tensor:
     """(h, d + 1, 2) sums over queries of E_p[e^{iφ_a Δ}] for every coordinate a, as in `phases`; then the attention
     that was counted."""
     batch = windowed(batch)
-    p = batch.p()[..., : batch.k.shape[2]]
-    if batch.keep is not None and batch.keep.shape == p[:, 0, :, 0].shape:
-        p = p * batch.keep[:, None, :, None]
-    mass = _distances(p)
-    t, s = p.shape[-2:]
+    (b, h, t, _), s = batch.q.shape, batch.k.shape[2]
+    counts = batch.keep is not None and batch.keep.shape == (b, t)
+    mass = torch.zeros(h, t + s - 1, dtype=torch.float64)
+    for at in torch.arange(t).split(max(1, SCORES // (b * h * s))):
+        p = batch.some(slice(None), at)[..., :s]
+        mass += _distances(p * batch.keep[:, None, at, None] if counts and batch.keep is not None else p, at, t)
     phi = torch.cat([frequencies(batch.site.k), torch.zeros(1, dtype=torch.float64)])
     turn = _turns(torch.arange(t + s - 1) - t + 1, phi)
     return torch.view_as_real(mass.to(turn.dtype) @ turn)
@@ -99,15 +110,17 @@ def turns(batch: SiteBatch) -> Tensor:
 
 def windowed(batch: SiteBatch) -> SiteBatch:
     """The batch with its windows apart: a projection that takes rows of tokens gives one window of all of them."""
-    p = batch.p()
-    windows = p.shape[0]
+    if batch.part is None:
+        p = batch.p()
+        batch = replace(batch, p=lambda: p)
+    windows = batch.some(slice(None), torch.zeros(1, dtype=torch.long)).shape[0]
 
     def apart(x: Tensor) -> Tensor:
         """(1, heads, b*t, d) to (b, heads, t, d)."""
         return x if x.shape[0] == windows else x.squeeze(0).unflatten(1, (windows, -1)).transpose(0, 1)
 
     u = {n: x if x.shape[0] == windows else x.reshape(windows, -1, x.shape[-1]) for n, x in batch.u.items()}
-    return replace(batch, u=u, q=apart(batch.q), k=apart(batch.k), v=apart(batch.v), p=lambda: p)
+    return replace(batch, u=u, q=apart(batch.q), k=apart(batch.k), v=apart(batch.v))
 
 
 NEEDS: Mapping[str, Callable[[SiteBatch], Tensor]] = {
@@ -185,10 +198,11 @@ def _by_distance(p: Tensor, phi: Tensor) -> Tensor:
     return torch.stack([(turn.T * m) @ turn.conj() for m in _distances(p)])
 
 
-def _distances(p: Tensor) -> Tensor:
-    """(h, t + s - 1) attention by distance, from 1 - t on."""
-    _, heads, t, s = p.shape
-    place = torch.arange(s)[None] - torch.arange(t)[:, None] + t - 1
+def _distances(p: Tensor, at: Tensor | None = None, queries: int = 0) -> Tensor:
+    """(h, t + s - 1) attention by distance, from 1 - t on; p may be that of some of t queries, those `at`."""
+    heads, s = p.shape[1], p.shape[3]
+    at, t = (torch.arange(p.shape[2]), p.shape[2]) if at is None else (at, queries)
+    place = torch.arange(s)[None] - at[:, None] + t - 1
     mass = torch.zeros(heads, t + s - 1, dtype=torch.float64)
     return mass.index_add_(1, place.reshape(-1), p.sum(0).reshape(heads, -1))
 

@@ -1,0 +1,139 @@
+"""One attention layer as wide as Llama 3 8B's, converted: `python -m bench.wide` writes docs/wide.md with `--write`.
+
+32 query heads and 8 kv heads of 128 on 4096 inputs, random weights, inputs whose covariance falls as 1 / i. What is timed
+is what `convert` asks of a target, `rewrite`, with calibration as the stream gives it: hidden states are held, and
+queries, keys, values and attention are computed from them each time they are asked for. Summing the moments is a part of
+calibration and is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codegen.eager import rotated
+from passes.calibrate import sdpa_part
+from passes.gqa import GQA
+from passes.mla import MLA
+from passes.moments import NEEDS, SiteBatch
+from passes.refit import output_error
+from passes.trial import heads_outputs
+from rewrite.heads import Heads, Latents, Rewritten, Weights
+from rewrite.mask import causal
+from rewrite.site import Affine, Grouped, Operand, Output, Proof, Root, Rope, Site
+
+ROOT = Path(__file__).parent.parent
+WIDTH, HEADS, KV_HEADS, DIM, BASE = 4096, 32, 8, 128, 500_000.0
+FALL, WEIGHT_FALL = -0.5, -0.25
+"""Powers of i by which inputs and the columns of q, k and v fall."""
+SPREAD = 1.4
+"""Root mean square of queries and keys: scores have the standard deviation 2."""
+
+
+def layer() -> Site:
+    """The site, without a model around it."""
+    rope = Rope(np.stack([np.arange(DIM // 2), np.arange(DIM // 2) + DIM // 2], 1), _frequencies(), np.zeros(DIM // 2))
+
+    def operand(name: str, heads: int, turns: bool) -> Operand:
+        rows = heads * DIM
+        root = Root(f"{name}.weight", np.arange(rows) * WIDTH, 1, WIDTH)
+        one = Affine(np.ones((heads, DIM)))
+        return Operand((root,), np.arange(rows).reshape(heads, DIM), one, rope=rope if turns else None)
+
+    inner = HEADS * DIM
+    return Site(
+        name="layer",
+        q=operand("q", HEADS, True),
+        k=operand("k", KV_HEADS, True),
+        v=operand("v", KV_HEADS, False),
+        heads=HEADS,
+        kv_of=tuple(h * KV_HEADS // HEADS for h in range(HEADS)),
+        form=Grouped(KV_HEADS),
+        mask=causal,
+        scale=(DIM**-0.5,),
+        mods=(),
+        out=Output(Root("o.weight", np.arange(WIDTH) * inner, 1, inner), np.arange(inner).reshape(HEADS, DIM)),
+        cross=False,
+        proof=Proof((), (), ""),
+    )
+
+
+def _frequencies() -> np.ndarray[Any, np.dtype[np.float64]]:
+    return BASE ** (-np.arange(DIM // 2) / (DIM // 2))
+
+
+def random_weights() -> Weights:
+    """Weights of the layer."""
+    make = torch.Generator().manual_seed(0)
+    at = torch.arange(1, WIDTH + 1).double()
+    size = SPREAD / float((at ** (2 * FALL + 2 * WEIGHT_FALL)).sum()) ** 0.5
+
+    def heads(count: int) -> Heads:
+        weight = torch.randn(count, DIM, WIDTH, generator=make, dtype=torch.float32).double()
+        return Heads(weight * at**WEIGHT_FALL * size, None, torch.ones(count, DIM, dtype=torch.float64))
+
+    out = torch.randn(WIDTH, HEADS, DIM, generator=make, dtype=torch.float32).double() / (HEADS * DIM) ** 0.5
+    return Weights(heads(HEADS), heads(KV_HEADS), heads(KV_HEADS), out, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """`Stats` of the layer: hidden states are held, all else is computed when asked for, one batch at a time."""
+
+    site: Site
+    weights: Weights
+    inputs: Sequence[Tensor]
+    """(windows, tokens, width) each, in single precision"""
+    moments: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows."""
+        return sum(x.shape[0] * x.shape[1] for x in self.inputs)
+
+    def sum_up(self, needs: frozenset[str]) -> None:
+        """Sum those moments that are not there yet."""
+        lacking = sorted(needs - set(self.moments))
+        for batch in self.batches() if lacking else ():
+            for name in lacking:
+                term = NEEDS[name](batch)
+                self.moments[name] = self.moments[name] + term if name in self.moments else term
+
+    def batches(self) -> Iterator[SiteBatch]:
+        """What the weights see."""
+        for x in self.inputs:
+            yield self._batch(x)
+
+    def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The heads' outputs with other weights, and the original's output."""
+        for x in self.inputs:
+            batch, own = self._batch(x), self._batch(x, weights)
+            p, p_own = batch.p(), sdpa_part(*_turned(own, kv_of))(slice(None), None)
+            yield _rows(p_own @ own.v[:, list(kv_of)]), self._out(p @ batch.v[:, list(self.site.kv_of)])
+
+    def latent(self, latents: Latents) -> Iterator[tuple[Tensor, Tensor]]:
+        """The heads' outputs with a latent, and the original's output."""
+        for batch in self.batches():
+            yield heads_outputs(latents, batch), self._out(batch.p() @ batch.v[:, list(self.site.kv_of)])
+
+    def _batch(self, x: Tensor, weights: Weights | None = None) -> SiteBatch:
+        w = self.weights if weights is None else weights
+        u = {n: (x @ h.weight.flatten(0, 1).float().T).double() for n, h in (("q", w.q), ("k", w.k), ("v", w.v))}
+        q, k, v = (part.unflatten(-1, (-1, DIM)).transpose(1, 2) for part in u.values())
+        batch = SiteBatch(self.site, u, q, k, v, lambda: part(slice(None), None), None)
+        part = sdpa_part(*_turned(batch, self.site.kv_of))
+        return SiteBatch(self.site, u, q, k, v, lambda: part(slice(None), None), None, part)
+
+    def _out(self, z: Tensor) -> Tensor:
+        return torch.einsum("nhd,ohd->no", _rows(z), self.weights.out)
