@@ -9,11 +9,9 @@ calibration and is timed apart.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from codegen.eager import rotated
-from passes.calibrate import sdpa_part
+from passes.calibrate import sdpa_probabilities
 from passes.gqa import GQA
 from passes.mla import MLA
 from passes.moments import NEEDS, SiteBatch
@@ -35,6 +33,7 @@ from rewrite.site import Affine, Grouped, Operand, Output, Proof, Root, Rope, Si
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEADS, KV_HEADS, DIM, BASE = 4096, 32, 8, 128, 500_000.0
+QUERIES = 512
 FALL, WEIGHT_FALL = -0.5, -0.25
 """Powers of i by which inputs and the columns of q, k and v fall."""
 SPREAD = 1.4
@@ -98,6 +97,13 @@ class Windows:
     moments: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
+    def _rope(self) -> Rope:
+        rope = self.site.q.rope
+        if rope is None:
+            raise ValueError("the layer has a rope")
+        return rope
+
+    @property
     def tokens(self) -> int:
         """Tokens of all windows."""
         return sum(x.shape[0] * x.shape[1] for x in self.inputs)
@@ -118,22 +124,81 @@ class Windows:
     def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """The heads' outputs with other weights, and the original's output."""
         for x in self.inputs:
-            batch, own = self._batch(x), self._batch(x, weights)
-            p, p_own = batch.p(), sdpa_part(*_turned(own, kv_of))(slice(None), None)
-            yield _rows(p_own @ own.v[:, list(kv_of)]), self._out(p @ batch.v[:, list(self.site.kv_of)])
+            own = self._batch(x, weights, kv_of)
+            yield _heads_outputs(own, kv_of), self._out(self._batch(x))
 
     def latent(self, latents: Latents) -> Iterator[tuple[Tensor, Tensor]]:
         """The heads' outputs with a latent, and the original's output."""
         for batch in self.batches():
-            yield heads_outputs(latents, batch), self._out(batch.p() @ batch.v[:, list(self.site.kv_of)])
+            yield heads_outputs(latents, batch), self._out(batch)
 
-    def _batch(self, x: Tensor, weights: Weights | None = None) -> SiteBatch:
-        w = self.weights if weights is None else weights
+    def _batch(self, x: Tensor, weights: Weights | None = None, kv_of: tuple[int, ...] | None = None) -> SiteBatch:
+        w, of = self.weights if weights is None else weights, list(kv_of or self.site.kv_of)
+        rope = self._rope
         u = {n: (x @ h.weight.flatten(0, 1).float().T).double() for n, h in (("q", w.q), ("k", w.k), ("v", w.v))}
         q, k, v = (part.unflatten(-1, (-1, DIM)).transpose(1, 2) for part in u.values())
-        batch = SiteBatch(self.site, u, q, k, v, lambda: part(slice(None), None), None)
-        part = sdpa_part(*_turned(batch, self.site.kv_of))
+        at = torch.arange(x.shape[1])
+
+        def part(windows: slice, queries: Tensor | None) -> Tensor:
+            turned_q, turned_k = (rotated(rope, y[windows], at) for y in (q, k))
+            return sdpa_probabilities(turned_q, turned_k[:, of], v, is_causal=True, queries=queries)
+
         return SiteBatch(self.site, u, q, k, v, lambda: part(slice(None), None), None, part)
 
-    def _out(self, z: Tensor) -> Tensor:
-        return torch.einsum("nhd,ohd->no", _rows(z), self.weights.out)
+    def _out(self, batch: SiteBatch) -> Tensor:
+        return torch.einsum("nhd,ohd->no", _heads_outputs(batch, self.site.kv_of), self.weights.out)
+
+
+def _heads_outputs(batch: SiteBatch, kv_of: tuple[int, ...]) -> Tensor:
+    """(tokens, h, d) some queries at a time."""
+    some = torch.arange(batch.q.shape[2]).split(QUERIES)
+    v = batch.v[:, list(kv_of)]
+    return torch.cat([batch.some(slice(None), at) @ v for at in some], 2).transpose(1, 2).flatten(0, 1)
+
+
+def windows(count: int, length: int, seed: int) -> list[Tensor]:
+    """Hidden states, one window a batch."""
+    make = torch.Generator().manual_seed(seed)
+    size = torch.arange(1, WIDTH + 1) ** FALL
+    return [torch.randn(1, length, WIDTH, generator=make) * size for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One `rewrite`. Memory in bytes above what the process held when it began, and in all above the imports."""
+
+    target: str
+    tokens: int
+    seconds: float
+    cpu: float
+    peak: int
+    whole: int
+    error: float
+    shape: str
+    notes: tuple[str, ...]
+
+
+def timed(target: Any, stats: Windows | None, site: Site, weights: Weights, unseen: Windows, base: int) -> Timed:
+    """Time and peak of a rewrite, and its error on tokens that calibration has not seen."""
+    held = _reset_peak()
+    begun, cpu = time.perf_counter(), time.process_time()
+    made: Rewritten = target.rewrite(site, weights, stats)
+    seconds, spent = time.perf_counter() - begun, time.process_time() - cpu
+    peak = _memory("VmHWM")
+    new = made.latents
+    trials = unseen.latent(new) if new is not None else unseen.attend(made.weights, made.site.kv_of)
+    error = output_error(trials, made.weights)
+    shape = f"{new.rank} + {new.rope_dim}" if new is not None else f"{made.site.k.heads} kv heads"
+    tokens = 0 if stats is None else stats.tokens
+    return Timed(repr(target), tokens, seconds, spent, peak - held, peak - base, error, shape, made.notes)
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _reset_peak() -> int:
+    """What is held now; the kernel forgets the peak before it."""
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")
+    return _memory("VmRSS")
