@@ -9,6 +9,7 @@ calibration and is timed apart.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ from rewrite.site import Affine, Grouped, Operand, Output, Proof, Root, Rope, Si
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEADS, KV_HEADS, DIM, BASE = 4096, 32, 8, 128, 500_000.0
+LENGTH = 2048
 QUERIES = 512
 FALL, WEIGHT_FALL = -0.5, -0.25
 """Powers of i by which inputs and the columns of q, k and v fall."""
@@ -202,3 +204,64 @@ def _reset_peak() -> int:
     """What is held now; the kernel forgets the peak before it."""
     Path("/proc/self/clear_refs").write_text("5", "utf-8")
     return _memory("VmRSS")
+
+
+def page(rows: Sequence[Timed], tokens: int, summed: tuple[float, float], unseen: int) -> str:
+    """The text of docs/wide.md."""
+    lines = [
+        "# Converting one layer as wide as Llama 3 8B's",
+        "",
+        f"Written by `python -m bench.wide --write`. {HEADS} query heads and {KV_HEADS} kv heads of {DIM} on {WIDTH}",
+        f"inputs, a rope of base {BASE:.0f}, random weights; inputs whose covariance falls as 1 / i, {tokens} of",
+        f"them in windows of {LENGTH}, one a batch. Error: squared, of the attention's output over its energy, on {unseen}",
+        "tokens that calibration has not seen. Random scores attend nearly evenly, so that values average out; the error",
+        "says that the calibrated way was gone to its end, not what a trained model loses.",
+        "",
+        "Timed is `rewrite`: the search over measured trials, the closed form, and the refit of the output projection,",
+        "with queries, keys, values and attention of every window computed anew each time they are asked for. Not in it:",
+        f"reading the weights, and the sums of moments, which are a part of calibration ({summed[0]:.0f} s, {summed[1]:.0f}",
+        "s of processor). Memory: the peak of the process above its imports, the layer's weights in",
+        "float64 and all inputs included, and of that what `rewrite` added.",
+        "",
+        f"{torch.get_num_threads()} threads on {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.1f} (these threads",
+        f"included), torch {torch.__version__}, {platform.machine()}. Under a load of others wall time says little.",
+        "",
+        "| target | tokens | shape | seconds | processor s | peak GB | of it added | error | notes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [r.target, str(r.tokens or "–"), r.shape, f"{r.seconds:.1f}", f"{r.cpu:.1f}"]
+        cells += [f"{r.whole / 1e9:.2f}", f"{r.peak / 1e9:.2f}", f"{r.error:.3g}", "; ".join(r.notes)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--gqa", action="store_true", help="merging to 4 kv heads too, which takes minutes")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    base, site, weights = _memory("VmRSS"), layer(), random_weights()
+    stats = Windows(site, weights, windows(args.tokens // LENGTH, LENGTH, 1))
+    unseen = Windows(site, weights, windows(1, LENGTH, 2))
+    targets: list[tuple[Any, bool]] = [(MLA(cache=0.25), True), (MLA(cache=0.25, form="rebuilt"), True)]
+    targets += [(MLA(cache=0.25), False)] + ([(GQA(4), True)] if args.gqa else [])
+    begun, cpu = time.perf_counter(), time.process_time()
+    stats.sum_up(MLA.needs)
+    spent = time.perf_counter() - begun, time.process_time() - cpu
+    rows: list[Timed] = []
+    for target, calibrated in targets:
+        if calibrated:
+            stats.sum_up(target.needs)
+        rows.append(timed(target, stats if calibrated else None, site, weights, unseen, base))
+        print(rows[-1], flush=True)
+    made = page(rows, stats.tokens, spent, unseen.tokens)
+    print(made)
+    if args.write:
+        (ROOT / "docs" / "wide.md").write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

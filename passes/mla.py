@@ -14,9 +14,9 @@ import torch
 from passes.mla_absorb import Absorber, Setting
 from passes.mla_exact import exact
 from passes.mla_influence import influence, mixed
-from passes.mla_polish import affordable, polish
+from passes.mla_polish import WORK, polish, work
 from passes.mla_refuse import refuse_even, refuse_site, refuse_size
-from passes.mla_scene import Scene, error, measure, scenes
+from passes.mla_scene import Scene, error, measure, refit_every, scenes
 from passes.mla_search import ALONE, Trials, enough, search, search_factor, settings
 from passes.mla_shape import Shape, budget, even_split, lossless, split
 from passes.mla_source import Known, known
@@ -152,7 +152,8 @@ class MLA:
     ) -> tuple[Latents, Weights, list[str]]:
         site = seen.site
         seen = replace(seen, centred=seen.centred and not (self._rebuilt and site.k.rope is not None))
-        absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64), self.even)
+        most = shape.total if self.keep is None else None
+        absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64), self.even, most)
         if self.keep is not None:
             shape = enough(absorber, self.keep, self._rebuilt)
             if shape == lossless(site, self._rebuilt):
@@ -163,16 +164,27 @@ class MLA:
         stage = [*scenes(stats, weights, TRIAL_TOKENS)]
         felt = influence(stage, seen)
         seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
-        absorber = Absorber(seen, felt.value_share, self.even)
+        absorber = Absorber(seen, felt.value_share, self.even, shape.total)
         setting = self._searched(absorber, weights, stage, shape)
         latents = self._made(absorber, setting, shape)
         made = shifted(seen, weights, latents)
         if not self.refit:
             return latents, made, []
+        notes: list[str] = []
         if self.polish and not self._rebuilt:
-            latents, made = self._polished(absorber, weights, stats, setting, shape)
-        made, note = refit(made, measure(scenes(stats, weights), latents, made))
-        return latents, made, [f"{site.name}: {note}"] if note and not self.polish else []
+            notes = self._too_long(site, stage, latents, stats.tokens)
+            if not notes:
+                latents, made = self._polished(absorber, weights, stats, setting, shape)
+        stage.clear()
+        made, note = refit(made, measure(scenes(stats, weights, every=refit_every(site, stats.tokens)), latents, made))
+        return latents, made, [*notes, *([f"{site.name}: {note}"] if note and not self.polish else [])]
+
+    def _too_long(self, site: Site, stage: Sequence[Scene], latents: Latents, tokens: int) -> list[str]:
+        """Why there is no polish, where it would take longer than some minutes of one core."""
+        asked = work(stage, latents, self.polish, min(tokens, POLISH_TOKENS), POLISH_EVERY)
+        if asked <= WORK:
+            return []
+        return [f"{site.name}: no polish: {self.polish} steps take {asked:.2g} operations, and the most is {WORK:.2g}"]
 
     def _polished(
         self, absorber: Absorber, weights: Weights, stats: Stats, setting: Setting, shape: Shape
@@ -184,8 +196,6 @@ class MLA:
             settings.append(replace(setting, rope_dim=setting.rope_dim * 3 // 8 * 2))
         starts = [absorber.latents(s, shape.total) for s in settings]
         stage = [*scenes(stats, weights, POLISH_TOKENS, every=POLISH_EVERY)]
-        if not affordable(stage, starts[0], self.polish):
-            return starts[0], shifted(absorber.known, weights, starts[0])
         first = min(self.polish, CHOOSING) if len(starts) > 1 else self.polish
         tried = [polish(stage, s, shifted(absorber.known, weights, s), first) for s in starts]
         best = min(tried, key=lambda p: p.error)

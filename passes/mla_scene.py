@@ -20,6 +20,10 @@ from rewrite.heads import Latents, Weights
 from rewrite.site import Site
 
 REAL = torch.float32
+ROWS = 2
+"""Queries for each unknown of an output, at the least, of the refit."""
+MOMENTS = 1 << 37
+"""Multiplications that the moments of a refit may take where that is more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +113,14 @@ def _scene(batch: SiteBatch, windows: slice, source: Weights, every: int, before
         keep=keep[:, at],
         judges=(keep & judges)[:, at],
     )
+
+
+def refit_every(site: Site, tokens: int) -> int:
+    """One query of so many is enough to refit the output projection: `ROWS` for each of its inputs, and more where
+    their moments cost little."""
+    inputs = site.heads * site.v.dim
+    rows = max(ROWS * inputs, MOMENTS // inputs**2)
+    return max(1, tokens // rows)
 
 
 def measure(stage: Iterable[Scene], latents: Latents, weights: Weights) -> Measured:

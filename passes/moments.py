@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rewrite.site import Norm, Operand, Rope, Site
 
-
 SCORES = 1 << 25
 """Scores (windows x heads x queries x keys) that are held at once: a quarter of a gigabyte in float64."""
 

@@ -107,7 +107,6 @@ def refit(weights: Weights, seen: Measured) -> tuple[Weights, str | None]:
             weights,
             f"output projection left as it was: refitting it gave {after:.3g} on unseen text, not {before:.3g}",
         )
-    del fit_few, held_few
     return shaped(weights, there + corrected(fit_lack.add_(held_lack), seen.fit.zz + held.zz, ridge)), None
 
 
