@@ -1,9 +1,9 @@
 """One attention layer as wide as Llama 3 8B's, converted: `python -m bench.wide` writes docs/wide.md with `--write`.
 
-32 query heads and 8 kv heads of 128 on 4096 inputs, random weights, inputs whose covariance falls as 1 / i. What is timed
-is what `convert` asks of a target, `rewrite`, with calibration as the stream gives it: hidden states are held, and
-queries, keys, values and attention are computed from them each time they are asked for. Summing the moments is a part of
-calibration and is timed apart.
+32 query heads and 8 kv heads of 128 on 4096 inputs, random weights, inputs whose covariance falls as 1 / i. What is
+timed is what `convert` asks of a target, `rewrite`, with calibration as the stream gives it: hidden states are held,
+and queries, keys, values and attention are computed from them each time they are asked for. Summing the moments is a
+part of calibration and is timed apart.
 """
 
 from __future__ import annotations
@@ -141,9 +141,11 @@ class Windows:
         q, k, v = (part.unflatten(-1, (-1, DIM)).transpose(1, 2) for part in u.values())
         at = torch.arange(x.shape[1])
 
+        turned: list[Tensor] = []
+
         def part(windows: slice, queries: Tensor | None) -> Tensor:
-            turned_q, turned_k = (rotated(rope, y[windows], at) for y in (q, k))
-            return sdpa_probabilities(turned_q, turned_k[:, of], v, is_causal=True, queries=queries)
+            turned[:] = turned or (rotated(rope, q, at).float(), rotated(rope, k, at)[:, of].float())
+            return sdpa_probabilities(*turned, v, is_causal=True, windows=windows, queries=queries)
 
         return SiteBatch(self.site, u, q, k, v, lambda: part(slice(None), None), None, part)
 
@@ -211,20 +213,20 @@ def page(rows: Sequence[Timed], tokens: int, summed: tuple[float, float], unseen
     lines = [
         "# Converting one layer as wide as Llama 3 8B's",
         "",
-        f"Written by `python -m bench.wide --write`. {HEADS} query heads and {KV_HEADS} kv heads of {DIM} on {WIDTH}",
-        f"inputs, a rope of base {BASE:.0f}, random weights; inputs whose covariance falls as 1 / i, {tokens} of",
-        f"them in windows of {LENGTH}, one a batch. Error: squared, of the attention's output over its energy, on {unseen}",
-        "tokens that calibration has not seen. Random scores attend nearly evenly, so that values average out; the error",
-        "says that the calibrated way was gone to its end, not what a trained model loses.",
+        f"Written by `python -m bench.wide --write`. {HEADS} query heads and {KV_HEADS} kv heads of {DIM} on",
+        f"{WIDTH} inputs, a rope of base {BASE:.0f}, random weights; inputs whose covariance falls as 1 / i,",
+        f"{tokens} of them in windows of {LENGTH}, one a batch. Error: squared, of the attention's output over",
+        f"its energy, on {unseen} tokens that calibration has not seen. Random scores attend nearly evenly, so that the",
+        "error says that the calibrated way was gone to its end, not what a trained model loses.",
         "",
-        "Timed is `rewrite`: the search over measured trials, the closed form, and the refit of the output projection,",
-        "with queries, keys, values and attention of every window computed anew each time they are asked for. Not in it:",
-        f"reading the weights, and the sums of moments, which are a part of calibration ({summed[0]:.0f} s, {summed[1]:.0f}",
-        "s of processor). Memory: the peak of the process above its imports, the layer's weights in",
-        "float64 and all inputs included, and of that what `rewrite` added.",
+        "Timed is `rewrite`: the search over measured trials, the closed form and the refit of the output",
+        "projection, with queries, keys, values and attention of every window computed anew each time they are asked for. Not in",
+        f"it: reading the weights, and summing the moments, a part of calibration ({summed[0]:.0f} s, {summed[1]:.0f} s",
+        "of processor). Memory: the peak of the process above its imports, the layer's weights in float64 and all",
+        "inputs included, and of that what `rewrite` added.",
         "",
-        f"{torch.get_num_threads()} threads on {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.1f} (these threads",
-        f"included), torch {torch.__version__}, {platform.machine()}. Under a load of others wall time says little.",
+        f"{torch.get_num_threads()} threads on {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.1f}, these",
+        f"threads included; torch {torch.__version__}, {platform.machine()}. Beside others wall time says little.",
         "",
         "| target | tokens | shape | seconds | processor s | peak GB | of it added | error | notes |",
         "|---|---|---|---|---|---|---|---|---|",

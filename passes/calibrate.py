@@ -242,12 +242,13 @@ def sdpa_probabilities(  # the argument list is that of the operator, then windo
     at = torch.arange(q.shape[-2]) if queries is None else queries
     q, k = q[windows][..., at, :], k[windows]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if enable_gqa else k
-    scores = q.double() @ k.double().transpose(-1, -2) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    scores = q.double() * (scale if scale is not None else q.shape[-1] ** -0.5) @ k.double().transpose(-1, -2)
     if is_causal:
-        scores = scores.masked_fill(torch.arange(scores.shape[-1]) > at[:, None], -torch.inf)
+        scores.masked_fill_(torch.arange(scores.shape[-1]) > at[:, None], -torch.inf)
     if attn_mask is not None:
         attn_mask = attn_mask[windows] if attn_mask.dim() == q.dim() and len(attn_mask) > 1 else attn_mask
         attn_mask = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., at, :]
         masked = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if masked else scores + attn_mask.double()
-    return torch.nan_to_num(torch.softmax(scores, -1))
+        scores.masked_fill_(~attn_mask, -torch.inf) if masked else scores.add_(attn_mask.double())
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return scores.div_(scores.sum(-1, keepdim=True)).nan_to_num_()

@@ -101,7 +101,9 @@ def turns(batch: SiteBatch) -> Tensor:
     mass = torch.zeros(h, t + s - 1, dtype=torch.float64)
     for at in torch.arange(t).split(max(1, SCORES // (b * h * s))):
         p = batch.some(slice(None), at)[..., :s]
-        mass += _distances(p * batch.keep[:, None, at, None] if counts and batch.keep is not None else p, at, t)
+        p = p * batch.keep[:, None, at, None] if counts and batch.keep is not None else p
+        after = t - 1 - int(at[-1])
+        mass[:, after : after + len(at) + s - 1] += _distances(p)
     phi = torch.cat([frequencies(batch.site.k), torch.zeros(1, dtype=torch.float64)])
     turn = _turns(torch.arange(t + s - 1) - t + 1, phi)
     return torch.view_as_real(mass.to(turn.dtype) @ turn)
@@ -197,13 +199,13 @@ def _by_distance(p: Tensor, phi: Tensor) -> Tensor:
     return torch.stack([(turn.T * m) @ turn.conj() for m in _distances(p)])
 
 
-def _distances(p: Tensor, at: Tensor | None = None, queries: int = 0) -> Tensor:
-    """(h, t + s - 1) attention by distance, from 1 - t on; p may be that of some of t queries, those `at`."""
-    heads, s = p.shape[1], p.shape[3]
-    at, t = (torch.arange(p.shape[2]), p.shape[2]) if at is None else (at, queries)
-    place = torch.arange(s)[None] - at[:, None] + t - 1
-    mass = torch.zeros(heads, t + s - 1, dtype=torch.float64)
-    return mass.index_add_(1, place.reshape(-1), p.sum(0).reshape(heads, -1))
+def _distances(p: Tensor) -> Tensor:
+    """(h, t + s - 1) attention by distance, from 1 - t on."""
+    _, heads, t, s = p.shape
+    # each row one place further to the left than the one before: distances stand in columns
+    rows = torch.zeros(heads, t * (s + t + 1), dtype=torch.float64)
+    torch.sum(p, 0, out=rows[:, : t * (s + t)].unflatten(1, (t, -1))[:, :, t:])
+    return rows.unflatten(1, (t, -1)).sum(1)[:, 1 : s + t]
 
 
 def _by_query(p: Tensor, phi: Tensor) -> Tensor:
