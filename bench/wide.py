@@ -217,7 +217,7 @@ def page(rows: Sequence[Timed], tokens: int, summed: tuple[float, float], unseen
         f"{WIDTH} inputs, a rope of base {BASE:.0f}, random weights; inputs whose covariance falls as 1 / i,",
         f"{tokens} of them in windows of {LENGTH}, one a batch. Error: squared, of the attention's output over",
         f"its energy, on {unseen} tokens that calibration has not seen. Random scores attend nearly",
-        f"evenly, so that the",
+        "evenly, so that the",
         "error says that the calibrated way was gone to its end, not what a trained model loses.",
         "",
         "Timed is `rewrite`: the search over measured trials, the closed form and the refit of the output",
