@@ -27,6 +27,7 @@ from rewrite.layout import expanded, gather
 from rewrite.site import Site, Tensors
 
 Batch = Mapping[str, Tensor]
+ALL = slice(None)
 KEPT_NUMBERS = 1 << 27
 """Outputs of one site (tokens x width) that are held for its trials: half a gigabyte in float32."""
 
@@ -196,13 +197,17 @@ def site_batch(
         which: operand(o, torch.split(u[which], [r.rows for r in o.roots], -1), tensors, None, turned=False)
         for which, o in (("q", site.q), ("k", site.k), ("v", site.v))
     }
-    return SiteBatch(
-        site, u, values["q"], values["k"], values["v"], lambda: _probabilities(machine, part, local, env), keep
-    )
+
+    def some(windows: slice, at: Tensor | None) -> Tensor:
+        return _probabilities(machine, part, local, env, windows, at)
+
+    return SiteBatch(site, u, values["q"], values["k"], values["v"], lambda: some(ALL, None), keep, some)
 
 
-def _probabilities(machine: Machine, part: Slice, local: Env, env: Env) -> Tensor:
-    """(batch, heads, queries, keys) from the core's own operation, whatever mask and bias it was given."""
+def _probabilities(
+    machine: Machine, part: Slice, local: Env, env: Env, windows: slice, queries: Tensor | None
+) -> Tensor:
+    """(windows, heads, queries, keys) from the core's own operation, whatever mask and bias it was given."""
 
     def look(node: Node) -> Any:
         return next(values[node] for values in (local, env, machine.state) if node in values)
@@ -210,16 +215,17 @@ def _probabilities(machine: Machine, part: Slice, local: Env, env: Env) -> Tenso
     for node in part.nodes:
         name = str(node.target)
         if "softmax" in name:
-            p = local[node].double()
-            return p if p.dim() == 4 else p.reshape(-1, part.site.heads, *p.shape[-2:])
+            p = local[node]
+            p = (p if p.dim() == 4 else p.reshape(-1, part.site.heads, *p.shape[-2:]))[windows]
+            return (p if queries is None else p[:, :, queries]).double()
         if "scaled_dot_product_attention" in name:
             args: Any = map_arg(node.args, look)
             kwargs: Any = map_arg(node.kwargs, look)
-            return _sdpa_probabilities(*args, **kwargs)
+            return sdpa_probabilities(*args, **kwargs, windows=windows, queries=queries)
     raise BadUsage("calibration", f"{part.site.name}: no probabilities to read", "leave the calibration out")
 
 
-def _sdpa_probabilities(  # the argument list is that of the operator
+def sdpa_probabilities(  # the argument list is that of the operator, then windows and queries
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -229,13 +235,20 @@ def _sdpa_probabilities(  # the argument list is that of the operator
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    windows: slice = ALL,
+    queries: Tensor | None = None,
 ) -> Tensor:
+    """(windows, heads, queries, keys) in float64, of some windows and some queries; `queries` None means all."""
+    at = torch.arange(q.shape[-2]) if queries is None else queries
+    q, k = q[windows][..., at, :], k[windows]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if enable_gqa else k
-    scores = q.double() @ k.double().transpose(-1, -2) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    scores = q.double() * (scale if scale is not None else q.shape[-1] ** -0.5) @ k.double().transpose(-1, -2)
     if is_causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask.double()
-    return torch.nan_to_num(torch.softmax(scores, -1))
+        scores.masked_fill_(torch.arange(scores.shape[-1]) > at[:, None], -torch.inf)
+    if attn_mask is not None:
+        attn_mask = attn_mask[windows] if attn_mask.dim() == q.dim() and len(attn_mask) > 1 else attn_mask
+        attn_mask = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., at, :]
+        masked = attn_mask.dtype == torch.bool
+        scores.masked_fill_(~attn_mask, -torch.inf) if masked else scores.add_(attn_mask.double())
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return scores.div_(scores.sum(-1, keepdim=True)).nan_to_num_()

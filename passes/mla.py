@@ -14,10 +14,10 @@ import torch
 from passes.mla_absorb import Absorber, Setting
 from passes.mla_exact import exact
 from passes.mla_influence import influence, mixed
-from passes.mla_polish import affordable, polish
+from passes.mla_polish import WORK, polish, work
 from passes.mla_rebuilt import UNMEASURED, cached_rows, rebuilder, search_way
 from passes.mla_refuse import refuse_even, refuse_site, refuse_size
-from passes.mla_scene import Scene, error, measure, scenes
+from passes.mla_scene import Scene, error, measure, refit_every, scenes
 from passes.mla_search import ALONE, enough, search, settings
 from passes.mla_shape import Shape, budget, even_split, lossless, split
 from passes.mla_source import Known, known, shifted
@@ -167,12 +167,13 @@ class MLA:
         made = shifted(closed.seen, weights, latents)
         if stats is None:
             return latents, made, [*notes, WEIGHTS_ONLY]
-        return self._refitted(latents, made, weights, stats, notes)
+        return self._refitted(site, latents, made, weights, stats, notes)
 
     def _absorbing(self, site: Site, weights: Weights, stats: Stats | None, shape: Shape) -> Made:
         """The latent is read as it is."""
         seen = known(site, weights, None if stats is None else stats.moments, 0 if stats is None else stats.tokens)
-        absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64), self.even)
+        most = shape.total if self.keep is None else None
+        absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64), self.even, most)
         shape = shape if self.keep is None else enough(absorber, self.keep)
         if shape == lossless(site, False):
             return (*exact(site, weights, False, seen.second), [])
@@ -183,23 +184,37 @@ class MLA:
         stage = [*scenes(stats, weights, TRIAL_TOKENS)]
         felt = influence(stage, seen)
         seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
-        absorber = Absorber(seen, felt.value_share, self.even)
+        absorber = Absorber(seen, felt.value_share, self.even, shape.total)
         total = shape.total
         setting = search(
             absorber, total, self._fixed(shape), lambda s: _lost(stage, weights, seen, absorber.latents(s, total))
         )
         latents = absorber.latents(setting, total)
         made = shifted(seen, weights, latents)
+        notes: list[str] = []
         if self.refit and self.polish:
-            latents, made = self._polished(absorber, weights, stats, setting, shape)
-        return self._refitted(latents, made, weights, stats, [])
+            notes = self._too_long(site, stage, latents, stats.tokens)
+            if not notes:
+                latents, made = self._polished(absorber, weights, stats, setting, shape)
+        stage.clear()
+        return self._refitted(site, latents, made, weights, stats, notes)
 
-    def _refitted(self, latents: Latents, made: Weights, source: Weights, stats: Stats, notes: list[str]) -> Made:
+    def _refitted(
+        self, site: Site, latents: Latents, made: Weights, source: Weights, stats: Stats, notes: list[str]
+    ) -> Made:
         """With the output projection solved anew, where that is wanted."""
         if not self.refit:
             return latents, made, notes
-        made, note = refit(made, measure(scenes(stats, source), latents, made))
-        return latents, made, [*notes, *([note] if note and not self.polish else [])]
+        every = refit_every(site, stats.tokens)
+        made, note = refit(made, measure(scenes(stats, source, every=every), latents, made))
+        return latents, made, [*notes, *([f"{site.name}: {note}"] if note and not self.polish else [])]
+
+    def _too_long(self, site: Site, stage: Sequence[Scene], latents: Latents, tokens: int) -> list[str]:
+        """Why there is no polish, where it would take longer than some minutes of one core."""
+        asked = work(stage, latents, self.polish, min(tokens, POLISH_TOKENS), POLISH_EVERY)
+        if asked <= WORK:
+            return []
+        return [f"{site.name}: no polish: {self.polish} steps take {asked:.2g} operations, and the most is {WORK:.2g}"]
 
     def _polished(
         self, absorber: Absorber, weights: Weights, stats: Stats, setting: Setting, shape: Shape
@@ -211,8 +226,6 @@ class MLA:
             settings.append(replace(setting, rope_dim=setting.rope_dim * 3 // 8 * 2))
         starts = [absorber.latents(s, shape.total) for s in settings]
         stage = [*scenes(stats, weights, POLISH_TOKENS, every=POLISH_EVERY)]
-        if not affordable(stage, starts[0], self.polish):
-            return starts[0], shifted(absorber.known, weights, starts[0])
         first = min(self.polish, CHOOSING) if len(starts) > 1 else self.polish
         tried = [polish(stage, s, shifted(absorber.known, weights, s), first) for s in starts]
         best = min(tried, key=lambda p: p.error)

@@ -135,15 +135,16 @@ class Polished:
     error: float
 
 
-def affordable(stage: Sequence[Scene], latents: Latents, steps: int) -> bool:
-    """Whether the steps take no more than some minutes of one core."""
+def work(stage: Sequence[Scene], latents: Latents, steps: int, tokens: int, every: int) -> float:
+    """Floating point operations of the steps on `tokens` tokens like those of the stage, with one query of `every`."""
     width = latents.rank + latents.rope_dim
     each = sum(
-        2 * s.added.numel() * (s.q.shape[-1] + latents.rope_dim + latents.up_v.shape[1])
+        2 * s.added.numel() * min(1.0, len(s.keys_at) / every / len(s.at)) * (s.q.shape[-1] + latents.rope_dim + value)
         + 2 * s.y.shape[0] * s.y.shape[1] * (s.y.shape[2] * width + latents.read.numel() + latents.up_v.numel())
         for s in stage
+        for value in latents.up_v.shape[1:2]
     )
-    return 3 * each * steps * INNER <= WORK
+    return 3 * each * steps * INNER * tokens / sum(s.y.shape[0] * s.y.shape[1] for s in stage)
 
 
 def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: int) -> Polished:

@@ -6,22 +6,24 @@ Scenes are some windows of the calibration in single precision, held for the doz
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from codegen.latent import attention, features
 from passes import Stats
-from passes.moments import SiteBatch, windowed
+from passes.moments import SCORES, SiteBatch, windowed
 from passes.refit import Measured, measured, output_error
 from passes.trial import trial
 from rewrite.heads import Latents, Weights
 from rewrite.site import Site
 
 REAL = torch.float32
-SCORES = 1 << 26
-"""Scores (heads x queries x keys) that a scene holds at most; with longer windows fewer queries are looked at."""
+ROWS = 2
+"""Queries for each unknown of an output, at the least, of the refit."""
+MOMENTS = 1 << 37
+"""Multiplications that the moments of a refit may take where that is more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,40 +82,50 @@ def scenes(stats: Stats, source: Weights, limit: int | None = None, every: int =
         batch = windowed(whole)
         take = max(1, round(batch.q.shape[0] * share))
         tokens += take * batch.q.shape[2]
-        yield _scene(batch, take, source, every, seen)
+        held = max(1, SCORES // (batch.q.shape[1] * batch.q.shape[2] * batch.k.shape[2]))
+        for first in range(0, take, held):
+            yield _scene(batch, slice(first, min(first + held, take)), source, every, seen)
         seen += take
         if limit is not None and tokens >= limit:
             return
 
 
-def _scene(batch: SiteBatch, take: int, source: Weights, every: int, before: int) -> Scene:
-    u = {n: x[:take] for n, x in batch.u.items()}
-    seen = trial(replace(batch, u=u, q=batch.q[:take], k=batch.k[:take], v=batch.v[:take], p=lambda: batch.p()[:take]))
-    _, heads, t, s = seen.p.shape
-    at = torch.arange(0, t, max(every, -(-take * heads * t * s // SCORES)))
-    out = torch.einsum("bhtd,ohd->bto", seen.original()[:, :, at], source.out)
-    y = features(seen.k, seen.v).to(REAL)
-    keep = torch.ones(take, t, dtype=torch.bool)
+def _scene(batch: SiteBatch, windows: slice, source: Weights, every: int, before: int) -> Scene:
+    """Some windows; where one alone has more scores than `SCORES`, fewer of its queries."""
+    count, (_, heads, t, _), s = windows.stop - windows.start, batch.q.shape, batch.k.shape[2]
+    at = torch.arange(0, t, max(every, -(-count * heads * t * s // SCORES)))
+    seen = trial(batch, windows, at, REAL)
+    out = torch.einsum("bhtd,ohd->bto", seen.original(), source.out.to(REAL))
+    y = features(seen.k, seen.v)
+    keep = torch.ones(count, t, dtype=torch.bool)
     if batch.keep is not None and batch.keep.shape[1] == t:
-        keep = batch.keep[:take]
-    judges = torch.zeros(take, t, dtype=torch.bool)
+        keep = batch.keep[windows]
+    judges = torch.zeros(count, t, dtype=torch.bool)
     if batch.q.shape[0] == 1:
         judges[:, t - t // 4 :] = True
     else:
-        judges[[i for i in range(take) if (before + i) % 4 == 3]] = True
+        judges[[i for i in range(count) if (before + windows.start + i) % 4 == 3]] = True
     return Scene(
         batch.site,
-        q=seen.q[:, :, at].to(REAL),
+        q=seen.q,
         y=y,
-        raw=y if batch.site.k.norm is None else features(seen.raw_k, seen.v).to(REAL),
-        added=seen.added[:, :, at].to(REAL),
-        sink=None if seen.sink is None else seen.sink[:, :, at].to(REAL),
-        p=seen.p[:, :, at].to(REAL),
+        raw=y if batch.site.k.norm is None else features(seen.raw_k, seen.v),
+        added=seen.added,
+        sink=seen.sink,
+        p=seen.p,
         out=out if source.out_bias is None else out + source.out_bias,
-        at=at + s - t,
+        at=seen.at,
         keep=keep[:, at],
         judges=(keep & judges)[:, at],
     )
+
+
+def refit_every(site: Site, tokens: int) -> int:
+    """One query of so many is enough to refit the output projection: `ROWS` for each of its inputs, and more where
+    their moments cost little."""
+    inputs = site.heads * site.v.dim
+    rows = max(ROWS * inputs, MOMENTS // inputs**2)
+    return max(1, tokens // rows)
 
 
 def measure(stage: Iterable[Scene], latents: Latents, weights: Weights) -> Measured:

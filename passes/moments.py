@@ -13,6 +13,9 @@ from torch import Tensor
 
 from rewrite.site import Norm, Operand, Rope, Site
 
+SCORES = 1 << 25
+"""Scores (windows x heads x queries x keys) that are held at once: a quarter of a gigabyte in float64."""
+
 
 @dataclass(frozen=True, eq=False)
 class SiteBatch:
@@ -29,6 +32,12 @@ class SiteBatch:
     """Attention probabilities (b, h, t, s) of the site on this batch; computed when asked for."""
     keep: Tensor | None
     """(b, t) bool: tokens that count; None where all do."""
+    part: Callable[[slice, Tensor | None], Tensor] | None = None
+    """`p` of some windows and some queries, where it can be had without the others: a long window's are gigabytes."""
+
+    def some(self, windows: slice, queries: Tensor) -> Tensor:
+        """(windows, h, queries, s) of `p`."""
+        return self.p()[windows][:, :, queries] if self.part is None else self.part(windows, queries)
 
     @property
     def raw_k(self) -> Tensor:
@@ -101,11 +110,14 @@ def turns(batch: SiteBatch) -> Tensor:
     """(h, d + 1, 2) sums over queries of E_p[e^{iφ_a Δ}] for every coordinate a, as in `phases`; then the attention
     that was counted."""
     batch = windowed(batch)
-    p = batch.p()[..., : batch.k.shape[2]]
-    if batch.keep is not None and batch.keep.shape == p[:, 0, :, 0].shape:
-        p = p * batch.keep[:, None, :, None]
-    mass = _distances(p)
-    t, s = p.shape[-2:]
+    (b, h, t, _), s = batch.q.shape, batch.k.shape[2]
+    counts = batch.keep is not None and batch.keep.shape == (b, t)
+    mass = torch.zeros(h, t + s - 1, dtype=torch.float64)
+    for at in torch.arange(t).split(max(1, SCORES // (b * h * s))):
+        p = batch.some(slice(None), at)[..., :s]
+        p = p * batch.keep[:, None, at, None] if counts and batch.keep is not None else p
+        after = t - 1 - int(at[-1])
+        mass[:, after : after + len(at) + s - 1] += _distances(p)
     phi = torch.cat([frequencies(batch.site.k), torch.zeros(1, dtype=torch.float64)])
     turn = _turns(torch.arange(t + s - 1) - t + 1, phi)
     return torch.view_as_real(mass.to(turn.dtype) @ turn)
@@ -113,15 +125,17 @@ def turns(batch: SiteBatch) -> Tensor:
 
 def windowed(batch: SiteBatch) -> SiteBatch:
     """The batch with its windows apart: a projection that takes rows of tokens gives one window of all of them."""
-    p = batch.p()
-    windows = p.shape[0]
+    if batch.part is None:
+        p = batch.p()
+        batch = replace(batch, p=lambda: p)
+    windows = batch.some(slice(None), torch.zeros(1, dtype=torch.long)).shape[0]
 
     def apart(x: Tensor) -> Tensor:
         """(1, heads, b*t, d) to (b, heads, t, d)."""
         return x if x.shape[0] == windows else x.squeeze(0).unflatten(1, (windows, -1)).transpose(0, 1)
 
     u = {n: x if x.shape[0] == windows else x.reshape(windows, -1, x.shape[-1]) for n, x in batch.u.items()}
-    return replace(batch, u=u, q=apart(batch.q), k=apart(batch.k), v=apart(batch.v), p=lambda: p)
+    return replace(batch, u=u, q=apart(batch.q), k=apart(batch.k), v=apart(batch.v))
 
 
 NEEDS: Mapping[str, Callable[[SiteBatch], Tensor]] = {
@@ -202,9 +216,10 @@ def _by_distance(p: Tensor, phi: Tensor) -> Tensor:
 def _distances(p: Tensor) -> Tensor:
     """(h, t + s - 1) attention by distance, from 1 - t on."""
     _, heads, t, s = p.shape
-    place = torch.arange(s)[None] - torch.arange(t)[:, None] + t - 1
-    mass = torch.zeros(heads, t + s - 1, dtype=torch.float64)
-    return mass.index_add_(1, place.reshape(-1), p.sum(0).reshape(heads, -1))
+    # each row one place further to the left than the one before: distances stand in columns
+    rows = torch.zeros(heads, t * (s + t + 1), dtype=torch.float64)
+    torch.sum(p, 0, out=rows[:, : t * (s + t)].unflatten(1, (t, -1))[:, :, t:])
+    return rows.unflatten(1, (t, -1)).sum(1)[:, 1 : s + t]
 
 
 def _by_query(p: Tensor, phi: Tensor) -> Tensor:

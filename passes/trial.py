@@ -13,14 +13,16 @@ from torch import Tensor
 
 from codegen.eager import rotated, scored
 from codegen.latent import attention, features
-from passes.moments import SiteBatch, windowed
+from passes.moments import SCORES, SiteBatch, windowed
 from rewrite.heads import Latents
 from rewrite.site import Affine, Sink, Site
+
+ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """q (b, h, t, d), k (b, g, s, d), v (b, g, s, dv), before the rope and in float64; p (b, h, t, s)."""
+    """q (b, h, t, d), k (b, g, s, d), v (b, g, s, dv), before the rope; p (b, h, t, s)."""
 
     site: Site
     q: Tensor
@@ -33,37 +35,48 @@ class Trial:
     """(b, h, t, s) mask and biases; -inf where nothing is seen"""
     sink: Tensor | None
     """(b, h, t, 1) the logit of what attention leaves out"""
+    at: Tensor
+    """(t,) positions of the queries"""
 
     def latent(self, latents: Latents) -> Tensor:
         """(b, h, t, dv): the heads' outputs with a latent in place of keys and values."""
         y = features(self.k if latents.key_norm is None else self.raw_k, self.v)
-        return attention(latents, self.site, self.q, y, added=self.added, sink=self.sink)
+        return attention(latents, self.site, self.q, y, added=self.added, sink=self.sink, q_at=self.at)
 
     def original(self) -> Tensor:
         """(b, h, t, dv): the heads' outputs."""
         return self.p @ self.v[:, list(self.site.kv_of)]
 
 
-def trial(batch: SiteBatch) -> Trial:
-    """The batch taken apart. Factors that stand after the rope, one number each, are in `q`."""
+def trial(
+    batch: SiteBatch, windows: slice = ALL, queries: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Trial:
+    """Some windows of the batch and some of their queries, or all, taken apart. Factors that stand after the rope, one
+    number each, are in `q`."""
     batch = windowed(batch)
-    site = batch.site
-    q, k, v = batch.q.double() * uniform(site.q.after) * uniform(site.k.after), batch.k.double(), batch.v.double()
-    p = batch.p()[..., : k.shape[2]].double()
-    at = torch.arange(k.shape[2])
-    turned_q = q if site.q.rope is None else rotated(site.q.rope, q, at[len(at) - q.shape[2] :])
+    site, (t, s) = batch.site, (batch.q.shape[2], batch.k.shape[2])
+    of = torch.arange(t) if queries is None else queries
+    at, at_q = torch.arange(s), of + s - t
+    q = (batch.q[windows][:, :, of] * (uniform(site.q.after) * uniform(site.k.after))).to(dtype)
+    k, v = batch.k[windows].to(dtype), batch.v[windows].to(dtype)
+    exact = batch.some(windows, of)[..., :s]
+    p = exact.to(dtype)
+    turned_q = q if site.q.rope is None else rotated(site.q.rope, q, at_q)
     turned_k = k if site.k.rope is None else rotated(site.k.rope, k, at)
     plain = scored(site, turned_q @ turned_k[:, list(site.kv_of)].transpose(-1, -2))
-    added = (p.clamp(min=1e-300).log() - plain).masked_fill(p <= 0, -torch.inf)
+    added = plain.neg_().add_(p.clamp(min=torch.finfo(dtype).tiny).log_()).masked_fill_(p <= 0, -torch.inf)
     sink = None
     if any(isinstance(m, Sink) for m in site.mods):
-        sink = (1 - p.sum(-1, keepdim=True)).clamp(min=1e-300).log()
-    return Trial(site, q, k, v, batch.raw_k.double(), p, added, sink)
+        sink = (1 - exact.sum(-1, keepdim=True)).clamp(min=1e-300).log().to(dtype)
+    return Trial(site, q, k, v, batch.raw_k[windows].to(dtype), p, added, sink, at_q)
 
 
 def heads_outputs(latents: Latents, batch: SiteBatch) -> Tensor:
     """(tokens, h, dv) of every token of the batch."""
-    z = trial(batch).latent(latents)
+    batch = windowed(batch)
+    b, h, t, _ = batch.q.shape
+    some = torch.arange(t).split(max(1, SCORES // (b * h * batch.k.shape[2])))
+    z = torch.cat([trial(batch, ALL, queries).latent(latents) for queries in some], 2)
     return z.transpose(1, 2).flatten(0, 1)
 
 
