@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from passes import Curve
 from passes.mla_absorb import Absorber, Setting
 from passes.mla_exact import exact
 from passes.mla_influence import influence, mixed
 from passes.mla_polish import affordable, polish
 from passes.mla_refuse import refuse_even, refuse_site, refuse_size
 from passes.mla_scene import Scene, error, measure, scenes
-from passes.mla_search import ALONE, Trials, enough, search, search_factor, settings
-from passes.mla_shape import Shape, budget, even_split, lossless, split
+from passes.mla_search import ALONE, Trials, enough, resized, search, search_factor, settings
+from passes.mla_shape import Shape, budget, even_split, features, lossless, sizes, split
 from passes.mla_source import Known, known
-from passes.refit import refit
+from passes.refit import Measured, flat, refit, refitted_error
 from rewrite.heads import Latents, Rewritten, Weights
 from rewrite.site import Latent, Site
 
@@ -38,6 +39,10 @@ TRIAL_TOKENS = 4096
 """Calibration tokens on which settings are measured."""
 
 
+TELLING = 1e-4
+"""Relative error above which what the model's predictions lose is no rounding."""
+
+
 @dataclass(frozen=True)
 class MLA:
     """A latent cache. One of `rank` (with `rope_dim`, numbers per token), `cache` (a share of the source's numbers;
@@ -46,8 +51,9 @@ class MLA:
     `form`: "absorbed" reads the latent as it is, so that decoding runs in it; "rebuilt" expands keys at every step and
     turns them, which loses less and computes more. `even` keeps one turned channel of each of evenly spaced
     frequencies, as serving engines turn them (docs/serving.md); it loses more than the channels worth most.
-    `refit` solves the output projection anew on the calibration; `polish` is the most Gauss-Newton steps on the
-    attention's own output error, 0 for none.
+    `spread`: with calibration, one `cache` for all sites is a total, of which each site gets what it gains most by, so
+    that ranks differ; false gives all the same. `refit` solves the output projection anew on the calibration; `polish`
+    is the most Gauss-Newton steps on the attention's own output error, 0 for none.
     """
 
     name: ClassVar[str] = "mla"
@@ -61,6 +67,7 @@ class MLA:
     even: bool = False
     refit: bool = True
     polish: int = 5
+    spread: bool = True
 
     def __post_init__(self) -> None:
         given = [n for n in ("rank", "keep", "cache") if getattr(self, n) is not None]
@@ -89,7 +96,8 @@ class MLA:
                         f"{name} gives {len(value)} numbers for {total} sites; give one number, or {total}"
                     )
                 own[name] = value[index]
-        return replace(self, **own) if own else self
+        # numbers given site by site are not to be spread
+        return replace(self, **own, spread=False) if own else self
 
     def refuse(self, site: Site) -> str | None:
         """Why this site must stay as it is."""
@@ -127,9 +135,57 @@ class MLA:
         form = self._form(Shape(latents.rank, latents.rope_dim))
         return Rewritten(replace(site, form=form), made, tuple(range(site.heads)), tuple(notes), latents)
 
+    def share(self, site: Site) -> int | None:
+        """Numbers per token, where the sites of one `cache` may differ."""
+        if not self.spread or self.even or not isinstance(self.cache, float | int):
+            return None
+        share = budget(site, self.cache)
+        return share if share < lossless(site, self._rebuilt).total else None
+
+    def alike(self) -> str:
+        """Evenly spaced channels are asked for by a class with one rank."""
+        one = self.even and isinstance(self.cache, float | int)
+        return "even=true is for a stock class, which has one rank for all layers" if one else ""
+
+    def curve(self, site: Site, weights: Weights, stats: Stats) -> Curve:
+        """What the closed form loses: one search of settings, and other sizes near what it found."""
+        seen = self._centred(known(site, weights, stats.moments, stats.tokens))
+        stage = [*scenes(stats, weights, TRIAL_TOKENS)]
+        absorber = self._measured(seen, stage)
+        share, full = budget(site, self.cache if isinstance(self.cache, float) else 1.0), lossless(site, self._rebuilt)
+        start = self._searched(absorber, weights, stage, split(site, share, self._rebuilt))
+        tried: dict[int, _Tried] = {}
+        for size in sizes(share, full.total - 1):
+            shape = split(site, size, self._rebuilt)
+            near = [start] if self._rebuilt else resized(absorber, start, share, size)
+            tried[size] = min((self._tried(absorber, weights, stage, s, shape) for s in near), key=lambda t: t.error)
+        telling = [n for n, t in tried.items() if n <= share and t.error > TELLING]
+        size = max(telling, default=min(tried))
+        errors = {n: t.error for n, t in tried.items()} | {full.total: 0.0}
+        made, _ = refit(tried[size].weights, tried[size].seen) if self.refit else (tried[size].weights, None)
+        latents = tried[size].latents
+        form = self._form(Shape(latents.rank, latents.rope_dim))
+        return Curve(errors, size, Rewritten(replace(site, form=form), made, tuple(range(site.heads)), (), latents))
+
+    def sized(self, site: Site, size: int) -> MLA:
+        """The target at one size."""
+        return replace(self, cache=min(1.0, size / features(site)), spread=False)
+
     def lossless(self, site: Site) -> MLA:
         """All that there is."""
         return MLA(cache=1.0, form=self.form)
+
+    def _tried(
+        self, absorber: Absorber, weights: Weights, stage: Sequence[Scene], setting: Setting, shape: Shape
+    ) -> _Tried:
+        latents = self._made(absorber, setting, shape)
+        made = shifted(absorber.known, weights, latents)
+        seen = measure(stage, latents, made)
+        error = refitted_error(made, seen) if self.refit else seen.held.error(flat(made))
+        return _Tried(error, latents, made, seen)
+
+    def _centred(self, seen: Known) -> Known:
+        return replace(seen, centred=seen.centred and not (self._rebuilt and seen.site.k.rope is not None))
 
     @property
     def _rebuilt(self) -> bool:
@@ -151,7 +207,7 @@ class MLA:
         self, seen: Known, weights: Weights, stats: Stats | None, shape: Shape
     ) -> tuple[Latents, Weights, list[str]]:
         site = seen.site
-        seen = replace(seen, centred=seen.centred and not (self._rebuilt and site.k.rope is not None))
+        seen = self._centred(seen)
         absorber = Absorber(seen, torch.ones(site.heads, dtype=torch.float64), self.even)
         if self.keep is not None:
             shape = enough(absorber, self.keep, self._rebuilt)
@@ -161,9 +217,7 @@ class MLA:
             latents = self._alone(absorber, shape)
             return latents, shifted(seen, weights, latents), ["weights only: distances and errors are not measured"]
         stage = [*scenes(stats, weights, TRIAL_TOKENS)]
-        felt = influence(stage, seen)
-        seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
-        absorber = Absorber(seen, felt.value_share, self.even)
+        absorber = self._measured(seen, stage)
         setting = self._searched(absorber, weights, stage, shape)
         latents = self._made(absorber, setting, shape)
         made = shifted(seen, weights, latents)
@@ -173,6 +227,12 @@ class MLA:
             latents, made = self._polished(absorber, weights, stats, setting, shape)
         made, note = refit(made, measure(scenes(stats, weights), latents, made))
         return latents, made, [f"{site.name}: {note}"] if note and not self.polish else []
+
+    def _measured(self, seen: Known, stage: Sequence[Scene]) -> Absorber:
+        """The closed form with what errors cost on the stage."""
+        felt = influence(stage, seen)
+        seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
+        return Absorber(seen, felt.value_share, self.even)
 
     def _polished(
         self, absorber: Absorber, weights: Weights, stats: Stats, setting: Setting, shape: Shape
@@ -217,6 +277,16 @@ class MLA:
     def _fixed(self, shape: Shape) -> int | None:
         """How many channels turn, where that was asked for."""
         return shape.rope_dim if self.rank is not None or self.even else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """One size of one site, its error and the moments that refit its output."""
+
+    error: float
+    latents: Latents
+    weights: Weights
+    seen: Measured
 
 
 def shifted(seen: Known, weights: Weights, latents: Latents) -> Weights:
