@@ -49,7 +49,8 @@ def settled(sites: Sequence[Site], targets: Mapping[str, Target], sizes: Mapping
 def words(sites: Sequence[Site], targets: Mapping[str, Target], *, alike: bool = False) -> str:
     """How a total comes to the sites, in a sentence for the plan; `alike`: the format has one size for all."""
     shares = open_shares(sites, targets)
-    reasons = {t.alike() for t in targets.values() if isinstance(t, Spreading)} - {""}
+    fit = [t for s in sites if (t := targets.get(s.name)) is not None and t.refuse(s) is None]
+    reasons = {t.alike() for t in fit if isinstance(t, Spreading)} - {""}
     if shares and alike:
         reasons = {"a stock class has one rank for all layers"}
     if reasons:
