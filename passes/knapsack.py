@@ -13,8 +13,8 @@ NOTHING = 1e-9
 def spread(errors: Mapping[str, Mapping[int, float]], total: int) -> dict[str, int]:
     """Site -> its size, all sizes together at most `total`, with the least sum of errors.
 
-    `errors`: site -> size -> error, in one unit for all sites (`passes/spread.py` makes it so). The answer is exact, and
-    of equal sums the one that uses less. Raises ValueError where even the smallest sizes are too many.
+    `errors`: site -> size -> error, in one unit for all sites (`passes/spread.py` makes it so). The answer is exact, of
+    equal sums the one that uses less. Raises ValueError where even the smallest sizes are too many.
     """
     least = sum(min(sizes) for sizes in errors.values())
     if least > total:
