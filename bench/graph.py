@@ -14,17 +14,17 @@ from torch.fx import Node
 from bench.quality import CONTEXT, held_out, perplexity
 from codegen.latent import attention, features
 from passes import Target
-from passes.calibrate import Stream, statistics
+from passes.calibrate import Stream
 from passes.convert import Change, convert_sites, named_tensors
 from passes.find import Found, find
 from passes.moments import SiteBatch
 from passes.region import Machine, Slice, slice_of, twins
 from passes.trial import heads_outputs, uniform
-from passes.tune import Tuning, tune
+from passes.tune import Tuning
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
 from rewrite.heads import Latents
-from rewrite.layout import expanded, gather
+from rewrite.layout import expanded
 from rewrite.opened import open_model
 from rewrite.program import Program
 from rewrite.site import Site, Tensors
@@ -56,22 +56,8 @@ class Source:
         `calibrated`."""
         names = [s.name for s in self.found.sites]
         targets = dict(zip(names, self._each(target), strict=True))
-        if not calibrated:
-            return convert_sites(self.program, self.found, targets, None, lambda *_: None)
-        machine, slices = self._slices()
-        stream = Stream(machine, self.calibration, slices, self._tensors)
-        changes: dict[str, Change] = {}
-        for part in slices:
-            stream.reach(part)
-            own = targets[part.site.name]
-            stats = statistics(stream, part, own.needs, self._tensors)
-            weights = gather(part.site, self._tensors)
-            made = own.rewrite(part.site, weights, stats)
-            if tuning is not None:
-                made = tune(made, part.site, weights, stats, tuning)
-            changes[part.site.name] = Change(part.site, made, None)
-            self._leave(stream, part, changes[part.site.name])
-        return changes
+        given = self.calibration if calibrated else None
+        return convert_sites(self.program, self.found, targets, given, lambda *_: None, tuning, measure=False)
 
     def ratio(self, changes: Mapping[str, Change], windows: int | None = None) -> float:
         """Perplexity of the converted model over the original's; on the first `windows` of the text."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from rewrite.heads import Heads, Latents, Rewritten, Weights
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from passes.moments import SiteBatch
     from rewrite.site import Site
 
-__all__ = ["PIPELINE", "Heads", "Latents", "Rewritten", "Stats", "Target", "Weights"]
+__all__ = ["PIPELINE", "Curve", "Heads", "Latents", "Rewritten", "Spreading", "Stats", "Target", "Weights"]
 
 PIPELINE = ("capture", "canonicalise", "find", "plan", "calibrate", "convert", "lower", "emit", "check")
 
@@ -69,4 +70,36 @@ class Target(Protocol):
 
     def lossless(self, site: Site) -> Target:
         """The setting at which nothing is lost."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What one site loses by its size, and one conversion by which sites can be compared."""
+
+    errors: Mapping[int, float]
+    """Size -> squared error of the attention's output relative to the output's energy."""
+    size: int
+    example: Rewritten
+    """The site at that size."""
+
+
+@runtime_checkable
+class Spreading(Target, Protocol):
+    """A target that can leave each site's size open, so that one total is spread over the sites by measured error."""
+
+    def share(self, site: Site) -> int | None:
+        """Numbers per token that the site adds to the total, None where its size is settled."""
+        ...
+
+    def alike(self) -> str:
+        """Why all sites have one size though a total was given; "" where nothing holds them to it."""
+        ...
+
+    def curve(self, site: Site, weights: Weights, stats: Stats) -> Curve:
+        """What the site loses at a few sizes around its share."""
+        ...
+
+    def sized(self, site: Site, size: int) -> Target:
+        """The target at one size."""
         ...

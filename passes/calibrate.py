@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +70,16 @@ class Stream:
             env.update(known)
             for node in [n for n in env if self._dead(n, self.at)]:
                 del env[node]
+
+    def fork(self, batches: slice) -> Stream:
+        """A stream that goes on from here with some of the batches; what it does leaves this one as it is."""
+        made = copy(self)
+        made.machine = copy(self.machine)
+        made.machine.state = dict(self.machine.state)
+        made.envs = [dict(env) for env in self.envs[batches]]
+        made.keep = self.keep[batches]
+        made.pins = Counter(self.pins)
+        return made
 
     def _entry(self, part: Slice, batch: int, inner: Callable[[SiteBatch], Tensor]) -> Env:
         """What the output projection reads, by `inner`, in the layout that the graph has it in."""

@@ -12,6 +12,7 @@ from passes.calibrate import Batch, Stream, statistics
 from passes.find import Found
 from passes.refit import output_error
 from passes.region import Machine, Slice, slice_of, twins
+from passes.spread import open_shares, spread_targets
 from passes.trial import heads_outputs
 from passes.tune import Tuning, tune
 from rewrite.heads import Rewritten
@@ -21,6 +22,19 @@ from rewrite.site import Site, Tensors
 
 Progress = Callable[[str, int, int], None]
 """Told the site's name, how many are done and how many there are."""
+
+
+@dataclass
+class _Counted:
+    """Tells one step of `total` after the other."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def __call__(self, name: str) -> None:
+        self.progress(name, self.done, self.total)
+        self.done += 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +61,7 @@ def convert_sites(
     batches: Sequence[Batch] | None,
     progress: Progress,
     tuning: Tuning | None = None,
+    measure: bool = True,
 ) -> dict[str, Change]:
     """Rewrite every site that `targets` names. Without batches from the weights alone; with them layer after layer,
     each on the activations that the sites converted before it leave behind. `tuning` needs batches."""
@@ -62,10 +77,14 @@ def convert_sites(
     machine = Machine(running, program.module)
     twin = twins(program.static.graph, running.graph)
     slices = sorted((slice_of(machine, s, r, twin) for s, r in picked), key=lambda p: machine.place[p.out])
+    sites = [part.site for part in slices]
+    total = len(slices) + len(open_shares(sites, targets))
+    tell = _Counted(progress, total)
+    targets = spread_targets(machine, slices, targets, batches, tensors, tell)
     stream = Stream(machine, batches, slices, tensors)
-    for done, part in enumerate(slices):
-        progress(part.site.name, done, len(slices))
-        changes[part.site.name] = _convert_on(stream, part, targets[part.site.name], tensors, tuning)
+    for part in slices:
+        tell(part.site.name)
+        changes[part.site.name] = _convert_on(stream, part, targets[part.site.name], tensors, tuning, measure)
     return {s.name: changes[s.name] for s, _ in picked}
 
 
@@ -73,7 +92,9 @@ def _rewrite(site: Site, target: Target, tensors: Tensors, stats: Stats | None) 
     return target.rewrite(site, gather(site, tensors), stats)
 
 
-def _convert_on(stream: Stream, part: Slice, target: Target, tensors: Tensors, tuning: Tuning | None) -> Change:
+def _convert_on(
+    stream: Stream, part: Slice, target: Target, tensors: Tensors, tuning: Tuning | None, measure: bool
+) -> Change:
     stream.reach(part)
     stats = statistics(stream, part, target.needs, tensors)
     rewritten = _rewrite(part.site, target, tensors, stats)
@@ -81,10 +102,9 @@ def _convert_on(stream: Stream, part: Slice, target: Target, tensors: Tensors, t
         rewritten = tune(rewritten, part.site, gather(part.site, tensors), stats, tuning)
     latents, kv_of = rewritten.latents, rewritten.site.kv_of
     edits = expanded(part.site, rewritten.weights, kv_of, tensors)
-    if latents is None:
-        error = output_error(stats.attend(rewritten.weights, kv_of), rewritten.weights)
-        stream.leave(part, edits)
-    else:
-        error = output_error(stats.latent(latents), rewritten.weights)
-        stream.leave(part, edits, lambda batch: heads_outputs(latents, batch))
+    error = None
+    if measure:
+        trials = stats.attend(rewritten.weights, kv_of) if latents is None else stats.latent(latents)
+        error = output_error(trials, rewritten.weights)
+    stream.leave(part, edits, None if latents is None else lambda batch: heads_outputs(latents, batch))
     return Change(part.site, rewritten, error)

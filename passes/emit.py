@@ -63,11 +63,11 @@ def _latent(model: PreTrainedModel, pairs: Changes, program: Program, how: How) 
 def _stock(model: PreTrainedModel, pairs: Changes, program: Program, own: Emitted, how: How) -> Emitted | str:
     """At the sizes that engines take where those are not much larger than what was asked for; else, where the class
     itself was asked for, as small as the class can be."""
-    asked = max(new.site.cache_per_token for _, new in pairs.values())
+    asked = sum(new.site.cache_per_token for _, new in pairs.values()) / len(pairs)
     made = deepseek(model, pairs, engines=True)
     why = ""
     if isinstance(made, Stock) and made.held > PADDING * asked:
-        made = f"engines take {made.held} numbers a token and layer, {asked} were asked for"
+        made = f"engines take {made.held} numbers a token and layer, {asked:g} were asked for"
     if isinstance(made, str) and how == "stock":
         why, made = f"for transformers alone: {made}", deepseek(model, pairs)
     if isinstance(made, str):

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from passes import Curve
 from passes.mla_absorb import Absorber, Setting
+from passes.mla_curve import absorbed_sizes, curve, rebuilt_sizes
 from passes.mla_exact import exact
 from passes.mla_influence import influence, mixed
 from passes.mla_polish import WORK, polish, work
@@ -19,7 +21,7 @@ from passes.mla_rebuilt import UNMEASURED, cached_rows, rebuilder, search_way
 from passes.mla_refuse import refuse_even, refuse_site, refuse_size
 from passes.mla_scene import Scene, error, measure, refit_every, scenes
 from passes.mla_search import ALONE, enough, search, settings
-from passes.mla_shape import Shape, budget, even_split, lossless, split
+from passes.mla_shape import Shape, budget, even_split, features, lossless, split
 from passes.mla_source import Known, known, shifted
 from passes.refit import refit
 from rewrite.heads import Latents, Rewritten, Weights
@@ -50,8 +52,9 @@ class MLA:
     `form`: "absorbed" reads the latent as it is, so that decoding runs in it; "rebuilt" expands keys at every step and
     turns them, which loses less and computes more. `even` keeps one turned channel of each of evenly spaced
     frequencies, as serving engines turn them (docs/serving.md); it loses more than the channels worth most.
-    `refit` solves the output projection anew on the calibration; `polish` is the most Gauss-Newton steps on the
-    attention's own output error, 0 for none.
+    `spread`: with calibration, one `cache` for all sites is a total, of which each site gets what it gains most by, so
+    that ranks differ; false gives all the same. `refit` solves the output projection anew on the calibration; `polish`
+    is the most Gauss-Newton steps on the attention's own output error, 0 for none.
     """
 
     name: ClassVar[str] = "mla"
@@ -65,6 +68,7 @@ class MLA:
     even: bool = False
     refit: bool = True
     polish: int = 5
+    spread: bool = True
 
     def __post_init__(self) -> None:
         given = [n for n in ("rank", "keep", "cache") if getattr(self, n) is not None]
@@ -93,7 +97,8 @@ class MLA:
                         f"{name} gives {len(value)} numbers for {total} sites; give one number, or {total}"
                     )
                 own[name] = value[index]
-        return replace(self, **own) if own else self
+        # numbers given site by site are not to be spread
+        return replace(self, **own, spread=False) if own else self
 
     def refuse(self, site: Site) -> str | None:
         """Why this site must stay as it is."""
@@ -126,6 +131,32 @@ class MLA:
         latents, made, notes = convert(site, weights, stats, shape)
         form = self._form(Shape(latents.rank, latents.rope_dim))
         return Rewritten(replace(site, form=form), made, tuple(range(site.heads)), tuple(notes), latents)
+
+    def share(self, site: Site) -> int | None:
+        """Numbers per token, where the sites of one `cache` may differ."""
+        if not self.spread or self.even or not isinstance(self.cache, float | int):
+            return None
+        share = budget(site, self.cache)
+        return share if share < lossless(site, self._rebuilt).total else None
+
+    def alike(self) -> str:
+        """Evenly spaced channels are asked for by a class with one rank."""
+        one = self.even and isinstance(self.cache, float | int)
+        return "even=true is for a stock class, which has one rank for all layers" if one else ""
+
+    def curve(self, site: Site, weights: Weights, stats: Stats) -> Curve:
+        """What the closed form loses: one search of settings, and other sizes near what it found."""
+        share, full = budget(site, self.cache if isinstance(self.cache, float) else 1.0), lossless(site, self._rebuilt)
+        stage = [*scenes(stats, weights, TRIAL_TOKENS)]
+        if self._rebuilt:
+            closed = rebuilt_sizes(rebuilder(site, weights, stats, stage))
+            return curve(closed, weights, stage, share, full.total, self.refit)
+        absorber = self._measured(known(site, weights, stats.moments, stats.tokens), stage, full.total)
+        return curve(absorbed_sizes(absorber, share), weights, stage, share, full.total, self.refit)
+
+    def sized(self, site: Site, size: int) -> MLA:
+        """The target at one size."""
+        return replace(self, cache=min(1.0, size / features(site)), spread=False)
 
     def lossless(self, site: Site) -> MLA:
         """All that there is."""
@@ -182,9 +213,7 @@ class MLA:
             latents = absorber.latents(setting, shape.total)
             return latents, shifted(seen, weights, latents), [WEIGHTS_ONLY]
         stage = [*scenes(stats, weights, TRIAL_TOKENS)]
-        felt = influence(stage, seen)
-        seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
-        absorber = Absorber(seen, felt.value_share, self.even, shape.total)
+        absorber = self._measured(seen, stage, shape.total)
         total = shape.total
         setting = search(
             absorber, total, self._fixed(shape), lambda s: _lost(stage, weights, seen, absorber.latents(s, total))
@@ -215,6 +244,12 @@ class MLA:
         if asked <= WORK:
             return []
         return [f"{site.name}: no polish: {self.polish} steps take {asked:.2g} operations, and the most is {WORK:.2g}"]
+
+    def _measured(self, seen: Known, stage: Sequence[Scene], numbers: int) -> Absorber:
+        """The closed form with what errors cost on the stage."""
+        felt = influence(stage, seen)
+        seen = replace(seen, score_cost=felt.score_cost, mix=mixed(seen, felt.within))
+        return Absorber(seen, felt.value_share, self.even, numbers)
 
     def _polished(
         self, absorber: Absorber, weights: Weights, stats: Stats, setting: Setting, shape: Shape

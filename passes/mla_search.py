@@ -44,6 +44,14 @@ def settings(absorber: Absorber, total: int, factor: float, rope_dim: int | None
     return min((Setting(factor, mean_phase, d) for d in splits), key=lambda s: absorber.loss(s, total))
 
 
+def resized(absorber: Absorber, setting: Setting, total: int, other: int) -> set[Setting]:
+    """What a setting found at `total` numbers becomes at another: as many turn in proportion, or as the expected loss
+    says."""
+    top = max(grid(absorber, other))
+    scaled = min(top, round(setting.rope_dim * other / total / 2) * 2)
+    return {replace(setting, rope_dim=scaled), settings(absorber, other, setting.factor, None, setting.mean_phase)}
+
+
 def grid(absorber: Absorber, total: int) -> Sequence[int]:
     """Even numbers of turned channels from 0 to as many as there can be; of wide sites fewer."""
     points = GRID // 2 if wide(absorber) else GRID

@@ -13,6 +13,10 @@ TURNING_PART = 3
 """One of so many cached numbers turns where nothing else says how many."""
 
 
+SIZES = (1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 3, 4)
+"""Parts of an even share at which a site is measured before a total is spread."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """Numbers cached per token: as they are, and turned."""
@@ -86,3 +90,8 @@ def even_split(site: Site, total: int) -> Shape:
 def budget(site: Site, cache: float) -> int:
     """Numbers per token that a share of the source's cache is."""
     return int(cache * features(site) + 1e-9)
+
+
+def sizes(share: int, full: int) -> list[int]:
+    """Sizes around an even share, none larger than `full`, at which nothing is lost."""
+    return sorted({min(full, max(2, round(share * part))) for part in SIZES})

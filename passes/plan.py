@@ -46,6 +46,8 @@ class Plan:
     context: int
     memory_needed: int
     here: Machine
+    sizes: str = ""
+    """How one total comes to the sites, where that is not for shapes to say."""
 
     @property
     def converted(self) -> int:
@@ -84,6 +86,17 @@ class Plan:
             after.append(old if stays else new)
         return replace(self, rows=tuple(rows), after=tuple(after))
 
+    def found(self, sites: Mapping[str, Site]) -> Plan:
+        """The plan with the shapes that a conversion came to: what calibration chooses is not known before."""
+        pairs = zip(self.rows, self.sites, self.after, strict=True)
+        changed = [(row, old, sites.get(row.name, new)) for row, old, new in pairs]
+        rows = tuple(_row(o, n, self.source.generates, r.note) if r.name in sites else r for r, o, n in changed)
+        planned, made = (sum(r.cache_after for r in some if r.name in sites) for some in (self.rows, rows))
+        words = self.sizes
+        if words and len({r.cache_after for r in rows if r.name in sites}) > 1:
+            words = f"sizes differ by site as measured: {made} numbers a token in all, {planned} planned"
+        return replace(self, rows=rows, after=tuple(new for _, _, new in changed), sizes=words)
+
     def measured(self, errors: Mapping[str, float | None]) -> tuple[SiteRow, ...]:
         """The rows with the error of each site."""
         return tuple(replace(row, error=errors.get(row.name) if row.converted else None) for row in self.rows)
@@ -99,7 +112,7 @@ class Plan:
                 "version": 1, "model": self.source, "target": self.target, "sites": self.rows,
                 "refused": [{"name": n, **_refusal(self.why[n])} for n, _ in self.refused],
                 "converted": self.converted, "weights": self.weights, "context": self.context, "cache": self.cache,
-                "memory_needed": self.memory_needed, "runs_in": self.runs_in,
+                "memory_needed": self.memory_needed, "runs_in": self.runs_in, "sizes": self.sizes,
             }
         )  # fmt: skip
 
@@ -140,6 +153,7 @@ class Plan:
             note = f"at {self.context:,} tokens, batch 1, {self.source.kind}"
             rows.append(["kv cache", memory(c.before), memory(c.after), change(c.before, c.after), note])
         lines = [columns(rows, indent=0)]
+        lines += [f"sizes    {self.sizes}"] if self.sizes else []
         lines += ["quality  lossy; `convert` measures it", *offered]
         for i, line in enumerate(self.runs_in):
             lines.append(("runs in  " if i == 0 else "         ") + line)
@@ -183,10 +197,11 @@ def make_plan(
     spelled: tuple[str, ...] = (),
     barred: Mapping[str, str] | None = None,
     context: int = 32_768,
+    sizes: str = "",
 ) -> Plan:
     """The plan for `model` (module or path) whose sites were found; `targets` holds the target of every chosen site.
 
-    `barred`: sites that no target may change, and why. Raises where no attention was found at all.
+    `barred`: sites that no target may change, and why; `sizes` as in `Plan`. Raises where no attention was found.
     """
     source = describe(model, program.module)
     if not found.sites:
@@ -205,6 +220,7 @@ def make_plan(
         context=context,
         memory_needed=_memory(source, found.sites),
         here=this_machine(Path.cwd()),
+        sizes=sizes,
     )
 
 

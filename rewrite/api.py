@@ -20,6 +20,7 @@ from passes.gqa import GQA
 from passes.mla import MLA
 from passes.plan import Plan, make_plan, no_attention, require_space
 from passes.sizes import describe
+from passes.spread import open_shares, settled, words
 from passes.tune import Tuning
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
@@ -184,6 +185,7 @@ class _Step:
             require_space(planned, self.out)
         data = self.batches(program)
         changes = convert_sites(program, found, self.targets(program, found), data, tell, self.tuning)
+        planned = planned.found({name: change.rewritten.site for name, change in changes.items()})
         made, planned = emit_forms(program, changes, planned, self.how)
         return _Done(made, planned, changes, data, program, found)
 
@@ -194,7 +196,9 @@ class _Step:
         shared = self.barred(program, found)
         chosen = assign(found, self.target, self.only, self.skip)
         sites = {s.name: s for s in found.sites}
-        return {n: t for n, t in chosen.items() if n not in shared and t.refuse(sites[n]) is None}
+        fit = {n: t for n, t in chosen.items() if n not in shared and t.refuse(sites[n]) is None}
+        # a stock class has one rank for all layers
+        return settled(found.sites, fit, open_shares(found.sites, fit)) if self.how == "stock" else fit
 
     def barred(self, program: Program, found: Found) -> Mapping[str, str]:
         """Site -> why this target must leave it alone, where that is not for the site itself to say."""
@@ -214,7 +218,8 @@ class _Step:
         chosen = assign(found, self.target, self.only, self.skip) if self.target is not None else {}
         spelled = (spell(self.target),) if self.target is not None else ()
         why = self.barred(program, found)
-        return make_plan(label, program, found, chosen, spelled=spelled, barred=why, context=context)
+        sizes = words(found.sites, {n: t for n, t in chosen.items() if n not in why}, alike=self.how == "stock")
+        return make_plan(label, program, found, chosen, spelled=spelled, barred=why, context=context, sizes=sizes)
 
     def batches(self, program: Program) -> list[Batch] | None:
         """The calibration for this model's inputs; at the traced size where the model takes no other."""
@@ -285,6 +290,9 @@ def _report(opened: Opened, step: _Step, target: str, done: _Done, checked: Chec
         calibration=None if used is None else opened.calibration(step.calibration, used),
         sites=done.plan.measured({n: c.error for n, c in done.changes.items()}),
         checked=checked,
-        notes=tuple(dict.fromkeys(note for c in done.changes.values() for note in c.rewritten.notes)),
+        notes=(
+            *((done.plan.sizes,) if done.plan.sizes else ()),
+            *dict.fromkeys(note for c in done.changes.values() for note in c.rewritten.notes),
+        ),
         made_by=made_by(),
     )

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from passes.mla_spread import spread
+from passes.knapsack import spread
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import pairwise
+
+NOTHING = 1e-9
+"""Error relative to the largest below which nothing is left to lose."""
 
 
 def spread(errors: Mapping[str, Mapping[int, float]], total: int) -> dict[str, int]:
     """Site -> its size, all sizes together at most `total`, with the least sum of errors.
 
-    `errors`: site -> size -> error. Errors of different sites compare only as parts of what the next reader sees: the
-    squared error of the attention's output over the energy of the residual stream behind it. The answer is exact, and
-    of equal sums the one that uses less. Raises ValueError where even the smallest sizes are too many.
+    `errors`: site -> size -> error, in one unit for all sites (`passes/spread.py` makes it so). The answer is exact, of
+    equal sums the one that uses less. Raises ValueError where even the smallest sizes are too many.
     """
     least = sum(min(sizes) for sizes in errors.values())
     if least > total:
@@ -28,6 +32,23 @@ def spread(errors: Mapping[str, Mapping[int, float]], total: int) -> dict[str, i
         best = _undominated(more)
     _, chosen = min(best.values(), key=lambda state: state[0])
     return dict(zip(errors, chosen, strict=True))
+
+
+def between(measured: Mapping[int, float], step: int) -> dict[int, float]:
+    """The measured errors, and between two measured sizes those that lie on a line of their logarithm, `step` apart;
+    none larger than that of a smaller size."""
+    sizes = sorted(measured)
+    floor = NOTHING * max(measured.values())
+    errors: dict[int, float] = {}
+    lowest = math.inf
+    for size in sizes:
+        lowest = min(lowest, measured[size])
+        errors[size] = lowest
+    for low, high in pairwise(sizes):
+        first, last = (math.log(max(errors[n], floor, 1e-300)) for n in (low, high))
+        for size in range(low + step, high, step):
+            errors[size] = math.exp(first + (last - first) * (size - low) / (high - low))
+    return dict(sorted(errors.items()))
 
 
 def _undominated(states: dict[int, tuple[float, tuple[int, ...]]]) -> dict[int, tuple[float, tuple[int, ...]]]:
