@@ -84,6 +84,17 @@ class Plan:
             after.append(old if stays else new)
         return replace(self, rows=tuple(rows), after=tuple(after))
 
+    def made(self, sites: Mapping[str, Site]) -> Plan:
+        """The plan with the shapes that calibration chose, where shapes alone do not say them."""
+        rows = tuple(
+            row
+            if row.name not in sites
+            else replace(row, after=shape(sites[row.name]), parameters_after=parameters(sites[row.name]))
+            for row in self.rows
+        )
+        after = tuple(sites.get(row.name, site) for row, site in zip(self.rows, self.after, strict=True))
+        return replace(self, rows=rows, after=after)
+
     def measured(self, errors: Mapping[str, float | None]) -> tuple[SiteRow, ...]:
         """The rows with the error of each site."""
         return tuple(replace(row, error=errors.get(row.name) if row.converted else None) for row in self.rows)
