@@ -164,6 +164,7 @@ def recipe(model: nn.Module, site: Site, found: tuple[Cut, ...] | str) -> Recipe
             return f"{cut.tensor} belongs to no module that does nothing but project"
         parts = [{"rank": len(p.factor.down), "rows": len(p.rows), "lender": _module(p.lender)} for p in cut.parts]
         sizes = {"inputs": cut.inputs, "rest": len(cut.rest), "bias": cut.count if "bias" in own else 0}
+        sizes["axis"] = 1 if module.get_parameter(leaf).dim() > 2 else -1
         projections.append({"module": path, **sizes, "parts": parts, "runs": runs(cut.order)})
     return {"site": site.name, "form": "factored", "projections": projections}
 

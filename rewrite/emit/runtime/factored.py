@@ -33,6 +33,8 @@ class Factored(nn.Module):
         self.down = nn.ParameterList([empty(p["rank"], inputs) for p in sizes if p["lender"] is None])
         self.up = nn.ParameterList([empty(p["rows"], p["rank"]) for p in sizes])
         self.bias = empty(recipe["bias"]) if recipe["bias"] else None
+        # channels stand second in what a convolution of width one is given
+        self.axis = recipe["axis"]
         self.runs = tuple((start, count) for start, count in recipe["runs"])
         # in a list, a lender is not one of this module's own
         self.lenders = [lender or self for lender in lenders]
@@ -40,22 +42,22 @@ class Factored(nn.Module):
 
     def latent(self, x: Tensor, part: int) -> Tensor:
         """(..., rank) of what is projected; the last one is kept until the other projection has taken it."""
-        if not self.lent:
-            return functional.linear(x, self.down[part])
-        if self.made and self.made[0][0] is x:
+        if self.lent and self.made and self.made[0][0] is x:
             return self.made.pop()[1]
-        self.made[:] = [(x, functional.linear(x, self.down[part]))]
-        return self.made[0][1]
+        latent = functional.linear(x.transpose(self.axis, -1), self.down[part])
+        self.made[:] = [(x, latent)] if self.lent else []
+        return latent
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., rows)"""
-        parts = [] if self.rest is None else [functional.linear(x, self.rest)]
+        parts = [] if self.rest is None else [functional.linear(x.transpose(self.axis, -1), self.rest)]
         for i, (lender, up) in enumerate(zip(self.lenders, self.up, strict=True)):
             parts.append(functional.linear(lender.latent(x, i if lender is self else 0), up))
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if len(self.runs) > 1:
             y = torch.cat([y[..., start : start + count] for start, count in self.runs], -1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.transpose(self.axis, -1)
 
 
 def install_factored(model: Part, recipe: dict[str, Any]) -> None:
