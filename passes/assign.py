@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from transformers import PreTrainedModel
 
 from passes import Target
-from passes.factor import Factor
+from passes.factor import LowRank
 from passes.find import Found
 from passes.mla import MLA
 from passes.region import site_tensors
@@ -40,7 +40,7 @@ def barred(found: Found) -> Mapping[str, str]:
 
 def suited(targets: Mapping[str, Target], without: Collection[str]) -> dict[str, Target]:
     """The targets as they apply to each site: where nothing is cached a latent saves work, not memory."""
-    return {n: Factor(t) if n in without and isinstance(t, MLA) else t for n, t in targets.items()}
+    return {n: LowRank(t) if n in without and isinstance(t, MLA) else t for n, t in targets.items()}
 
 
 def uncached(program: Program, found: Found) -> frozenset[str]:

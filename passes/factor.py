@@ -34,7 +34,7 @@ WIDE_FACTORS = (0.3, 3.0)
 
 
 @dataclass(frozen=True)
-class Factor:
+class LowRank:
     """What `asked` means for a site that caches nothing.
 
     `rank` is that of one latent for keys and values; `cache` says it as a share of the rows of both projections, `keep`
@@ -49,7 +49,7 @@ class Factor:
     full: bool = False
     """Whatever it costs, nothing is lost."""
 
-    def for_site(self, index: int, total: int) -> Factor:
+    def for_site(self, index: int, total: int) -> LowRank:
         """The target of the `index`-th of `total` sites."""
         return replace(self, asked=self.asked.for_site(index, total))
 
@@ -93,7 +93,7 @@ class Factor:
             return _rewritten(site, *solver.made(way, rank), "weights only: distances and errors are not measured")
         return self._measured(solver, rank, stats)
 
-    def lossless(self, site: Site) -> Factor:
+    def lossless(self, site: Site) -> LowRank:
         """All that there is."""
         return replace(self, full=True)
 

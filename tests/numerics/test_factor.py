@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from passes.assign import suited, uncached
 from passes.convert import convert_sites, named_tensors
-from passes.factor import Factor
+from passes.factor import LowRank
 from passes.factor_shape import sides
 from passes.find import Found, find
 from passes.mla import MLA
@@ -87,11 +87,11 @@ def test_sizes_of_a_usual_encoder() -> None:
     """768 by 768 twice: one latent of 511 numbers holds 511 * 3 * 768, the matrices 2 * 768 * 768."""
     site = of_one_input(make_site(heads=12, kv_heads=12, dim=64, width=768)[0])
     assert sides(site).most == 511
-    target = Factor(MLA(rank=512))
+    target = LowRank(MLA(rank=512))
     assert "rank 512 of projections of 768 × 768 and 768 × 768 would hold 1179648 numbers" in str(target.refuse(site))
     assert "now 1179648; at most 511 saves" in str(target.refuse(site))
-    assert Factor(MLA(rank=511)).refuse(site) is None
-    after = Factor(MLA(cache=0.25)).after(site)
+    assert LowRank(MLA(rank=511)).refuse(site) is None
+    after = LowRank(MLA(cache=0.25)).after(site)
     assert after.form == Factored(12, (384,))
     assert parameters(site) - parameters(after) == 2 * 768 * 768 - 384 * 3 * 768
 
@@ -108,14 +108,14 @@ def test_inputs_of_their_own_have_latents_of_their_own() -> None:
     site, _ = make_site(heads=4, kv_heads=4, dim=4, width=12)
     apart = replace(site, v=replace(site.v, roots=(replace(site.v.roots[0], source="y"),)))
     assert not sides(apart).same
-    assert "too little for two latents" in str(Factor(MLA(rank=1)).refuse(apart))
-    assert Factor(MLA(rank=4)).after(apart).form == Factored(4, (3, 3))
+    assert "too little for two latents" in str(LowRank(MLA(rank=1)).refuse(apart))
+    assert LowRank(MLA(rank=4)).after(apart).form == Factored(4, (3, 3))
 
 
 def test_a_row_that_serves_twice_is_refused() -> None:
     site, _ = make_site("thirds")
     same = replace(site, v=replace(site.v, rows=site.k.rows))
-    assert "keys and values read the same row of qkv.weight" in str(Factor(MLA(rank=2)).refuse(same))
+    assert "keys and values read the same row of qkv.weight" in str(LowRank(MLA(rank=2)).refuse(same))
 
 
 @pytest.mark.parametrize("kind", [Encoder, Normed, HalfRope])
@@ -129,7 +129,7 @@ def test_calibration_loses_less_than_the_weights_alone() -> None:
     module = Encoder()
     _, sites, batches = found(module)
     (site,) = sites.sites
-    alone = Factor(MLA(rank=12, refit=False))
+    alone = LowRank(MLA(rank=12, refit=False))
     tensors = named_tensors(module)
     blind = alone.rewrite(site, gather(site, tensors), None)
     edits = expanded(site, blind.weights, site.kv_of, tensors)
@@ -175,8 +175,8 @@ def test_a_rope_is_left_to_the_model() -> None:
     site = of_one_input(
         make_site(heads=4, kv_heads=4, dim=8, width=24, rope=half_rope(8), norm=Norm("rms", "head", 1e-6))[0]
     )
-    assert Factor(MLA(rank=6)).refuse(site) is None
-    assert "rope_dim is 4, and nothing is cached" in str(Factor(MLA(rank=6, rope_dim=4)).refuse(site))
+    assert LowRank(MLA(rank=6)).refuse(site) is None
+    assert "rope_dim is 4, and nothing is cached" in str(LowRank(MLA(rank=6, rope_dim=4)).refuse(site))
 
 
 def test_a_plain_module_by_the_front_door() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.factor import Factor
+from passes.factor import LowRank
 from passes.lower import lower
 from passes.lower_factored import unsplittable
 from passes.mla import MLA
@@ -78,7 +78,7 @@ def site_of(spelling: str) -> Site:
     return replace(site, **parts)
 
 
-def case(spelling: str, target: Factor):
+def case(spelling: str, target: LowRank):
     torch.manual_seed(0)
     module, site = Attention(spelling), site_of(spelling)
     tensors = dict(module.named_parameters()).__getitem__
@@ -94,7 +94,7 @@ def case(spelling: str, target: Factor):
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_graph_gives_what_the_full_width_gives(spelling: str) -> None:
-    module, wide, site, new, program, tensors = case(spelling, Factor(MLA(rank=4)))
+    module, wide, site, new, program, tensors = case(spelling, LowRank(MLA(rank=4)))
     before = {n: p.clone() for n, p in module.named_parameters()}
     assert unsplittable(program, {"attn": (site, new)}, tensors) == {}
     graph = lower(program, {"attn": (site, new)}, tensors)
@@ -112,7 +112,7 @@ def test_a_graph_gives_what_the_full_width_gives(spelling: str) -> None:
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_one_latent_for_both_loses_nothing_at_full_rank(spelling: str) -> None:
     """The second projection reads the latent that the first has made: one product with `down` in the whole graph."""
-    module, _, site, new, program, tensors = case(spelling, Factor(MLA(rank=4), full=True))
+    module, _, site, new, program, tensors = case(spelling, LowRank(MLA(rank=4), full=True))
     assert new.factors is not None
     assert new.factors.shared
     graph = lower(program, {"attn": (site, new)}, tensors)
@@ -135,5 +135,5 @@ def test_what_is_no_product_is_refused() -> None:
     module, site = Scaled("linear"), site_of("linear")
     tensors = dict(module.named_parameters()).__getitem__
     program = torch.export.export(module, (torch.randn(2, 7, 12),), strict=False).run_decompositions({})
-    new = Factor(MLA(rank=4), full=True).rewrite(site, gather(site, tensors), None)
+    new = LowRank(MLA(rank=4), full=True).rewrite(site, gather(site, tensors), None)
     assert "k.weight is read by" in unsplittable(program, {"attn": (site, new)}, tensors)["attn"]
