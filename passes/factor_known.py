@@ -15,12 +15,14 @@ from torch import Tensor
 from passes import Stats
 from passes.factor_shape import sides
 from passes.gqa_source import shift_invariant
+from passes.mla_absorb import rooted
 from passes.mla_influence import influence, query_metric
+from passes.mla_rebuilt import DRAWN, through, unfelt
 from passes.mla_scene import Scene
 from passes.mla_source import known, per_kv_head
 from passes.moments import SiteBatch
-from rewrite.heads import Heads, Weights
-from rewrite.site import Norm, Output, Site
+from rewrite.heads import Heads, KeyNorm, Weights
+from rewrite.site import Output, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class Rows:
     mean: Tensor
     """(n,) E[W x]"""
     key_cost: Tensor
-    """(g, d, d) what errors of the rows of keys cost"""
+    """(n, m, m) what errors of the rows of keys cost, n * m = g * d"""
     value_cost: Tensor
     """(g, dv, dv)"""
 
@@ -47,27 +49,38 @@ class Rows:
 def rows_known(site: Site, weights: Weights, stats: Stats | None, stage: Sequence[Scene]) -> Rows:
     """From calibration, of which `stage` is a part, or from the weights alone."""
     behind = known(site, weights, None if stats is None else stats.moments, 0 if stats is None else stats.tokens)
-    felt = influence(stage, behind) if stage else None
+    felt = influence(stage, behind, raw=site.k.norm is not None) if stage else unfelt(behind)
     second, mean = _moments(site, weights, stats)
-    score, share = (
-        (behind.score_cost, torch.ones_like(behind.score_cost)) if felt is None else (felt.score_cost, felt.value_share)
-    )
-    bias = mean + torch.cat([_bias(weights.k), _bias(weights.v)])
-    energy = second.diagonal() - mean.square() + bias.square()
-    free = torch.cat(
-        [_free(site.k.rows.size, keys_free(site, weights)), _free(site.v.rows.size, values_free(site, weights))]
-    )
-    spread = second - torch.outer(mean * free, mean * free)
-    gain = torch.cat(
-        [weights.k.gain.flatten() * _inverse(site.k.norm, energy[: site.k.rows.size], site), weights.v.gain.flatten()]
-    )
+    free = [_free(site.k.rows.size, keys_free(site, weights)), _free(site.v.rows.size, values_free(site, weights))]
+    mean_free = mean * torch.cat(free)
+    spread = second - torch.outer(mean_free, mean_free)
+    key_cost = per_kv_head(site, query_metric(behind) * felt.score_cost[:, None, None])
+    value_cost = per_kv_head(site, behind.value_cost * felt.value_share[:, None, None])
+    if site.k.norm is None:
+        key_cost, key_gain = _scaled(key_cost, weights.k.gain), weights.k.gain
+    else:
+        key_cost = through(KeyNorm(site.k.norm, weights.k.gain), key_cost, _raw_keys(site, weights, stage, second))
+        key_gain = torch.ones_like(weights.k.gain)
+    gain = torch.cat([key_gain.flatten(), weights.v.gain.flatten()])
     return Rows(
         site,
-        second=spread if felt is None or site.k.norm is not None else _mixed(spread, felt.within, gain),
+        second=_mixed(spread, felt.within, gain) if stage else spread,
         mean=mean,
-        key_cost=_scaled(per_kv_head(site, query_metric(behind) * score[:, None, None]), gain[: site.k.rows.size]),
-        value_cost=_scaled(per_kv_head(site, behind.value_cost * share[:, None, None]), gain[site.k.rows.size :]),
+        key_cost=key_cost,
+        value_cost=_scaled(value_cost, weights.v.gain),
     )
+
+
+def _raw_keys(site: Site, weights: Weights, stage: Sequence[Scene], second: Tensor) -> Tensor:
+    """(tokens, g, d) what the norm of the keys is given: that of the scenes, or draws of the second moment."""
+    keys = site.k.rows.size
+    if stage:
+        rows = torch.cat([scene.raw.flatten(0, 1) for scene in stage])[:, :keys].double()
+    else:
+        root, _ = rooted(second[None, :keys, :keys])
+        draw = torch.Generator().manual_seed(0)
+        rows = torch.randn(DRAWN, keys, generator=draw, dtype=torch.float64) @ root[0] + _bias(weights.k)
+    return rows.unflatten(1, (site.k.heads, -1))
 
 
 def keys_free(site: Site, weights: Weights) -> bool:
@@ -89,19 +102,8 @@ def _bias(heads: Heads) -> Tensor:
 
 
 def _scaled(cost: Tensor, gain: Tensor) -> Tensor:
-    """The cost (g, d, d) of errors before a gain (g * d,)."""
-    gain = gain.reshape(cost.shape[:2])
+    """The cost (g, d, d) of errors before a gain (g, d)."""
     return cost * gain[:, :, None] * gain[:, None, :]
-
-
-def _inverse(norm: Norm | None, energy: Tensor, site: Site) -> Tensor:
-    """(g * d,) one over what a norm divides by, from the mean squares (g * d,) of what it is given: errors along the
-    key itself, which a norm takes away, are counted too."""
-    if norm is None:
-        return torch.ones_like(energy)
-    heads = energy.reshape(1 if norm.over == "row" else site.k.heads, -1)
-    size = heads.sum(1) if norm.kind == "l2" else heads.mean(1)
-    return (size + norm.eps).rsqrt()[:, None].expand(heads.shape).flatten()
 
 
 def _mixed(spread: Tensor, within: Tensor, gain: Tensor) -> Tensor:
