@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from passes.factor_shape import sides
 from rewrite.checkpoint import Checkpoint, open_checkpoint
-from rewrite.site import Dense, Latent, Operand, Refusal, Site
+from rewrite.site import Dense, Factored, Latent, Operand, Refusal, Site
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ def shape(site: Site) -> str:
     if isinstance(site.form, Latent):
         turned = f" + {site.form.rope_dim}" if site.form.rope_dim else ""
         return f"{'rebuilt' if site.form.rebuilt else 'latent'} {site.form.rank}{turned} for {site.heads} heads"
+    if isinstance(site.form, Factored):
+        ranks = "/".join("dense" if r is None else str(r) for r in site.form.ranks)
+        return f"factored {ranks} for {site.heads} heads"
     width = f"{site.k.dim}" if site.k.dim == site.v.dim else f"{site.k.dim}/{site.v.dim}"
     if isinstance(site.form, Dense) or site.kv_heads == site.heads:
         return f"dense {site.heads} × {width}"
@@ -46,6 +50,10 @@ def parameters(site: Site) -> int:
         return heads * o.dim * (o.roots[0].columns + (o.roots[0].bias is not None))
 
     out = 0 if isinstance(site.out, Refusal) else site.heads * site.v.dim * site.out.root.rows
+    if isinstance(site.form, Factored):
+        have = sides(site)
+        held = numbers(site.q, site.heads) + numbers(site.k, site.k.heads) + numbers(site.v, site.v.heads)
+        return held - have.dense + have.cost(site.form.ranks) + out
     if isinstance(site.form, Latent):
         # the projections stay, and what is read from the latent comes beside them
         held, d, e = site.form, site.k.dim, site.v.dim
