@@ -18,12 +18,14 @@ from torch.fx.node import map_arg
 
 from codegen.eager import operand
 from passes import Weights
+from passes.mla_basis import back, basis
 from passes.moments import NEEDS, SiteBatch
 from passes.region import Env, Machine, Slice, entered, entering, projected, run_slice
 from passes.trial import heads_outputs
 from rewrite.errors import BadUsage
 from rewrite.heads import Latents
 from rewrite.layout import expanded, gather
+from rewrite.shared import shared
 from rewrite.site import Site, Tensors
 
 Batch = Mapping[str, Tensor]
@@ -196,8 +198,9 @@ def site_batch(
         which: operand(o, torch.split(u[which], [r.rows for r in o.roots], -1), tensors, None, turned=False)
         for which, o in (("q", site.q), ("k", site.k), ("v", site.v))
     }
+    inverse = back(basis(site, gather(site, tensors))) if shared(site) is not None else None
     return SiteBatch(
-        site, u, values["q"], values["k"], values["v"], lambda: _probabilities(machine, part, local, env), keep
+        site, u, values["q"], values["k"], values["v"], lambda: _probabilities(machine, part, local, env), keep, inverse
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from passes.mla_absorb import Absorber, Setting
+from passes.mla_basis import keys_values
 from passes.mla_exact import exact
 from passes.mla_influence import influence, mixed
 from passes.mla_polish import affordable, polish
@@ -224,7 +225,8 @@ def shifted(seen: Known, weights: Weights, latents: Latents) -> Weights:
     if weights.out_bias is None or not seen.centred:
         return weights
     site = seen.site
-    mean = seen.mean[seen.keys :].reshape(site.v.heads, site.v.dim)[list(site.kv_of)]
+    _, mean = keys_values(site, seen.basis, seen.mean)
+    mean = mean.reshape(site.v.heads, site.v.dim)[list(site.kv_of)]
     lost = mean - latents.up_v @ (latents.down @ seen.mean)
     return replace(weights, out_bias=weights.out_bias + torch.einsum("ohd,hd->o", weights.out, lost))
 

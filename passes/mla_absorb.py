@@ -73,12 +73,10 @@ class Absorber:
         return {mean: self._make_channels(mean) for mean in (False, True)}
 
     def _make_channels(self, mean_phase: bool) -> Channels:
-        known, g, d = self.known, self.known.site.k.heads, self.known.site.k.dim
+        known = self.known
         a, b = known.pairs[:, 0], known.pairs[:, 1]
-        k = known.second[: known.keys, : known.keys].reshape(g, d, g, d)
         gram = torch.complex(
-            (k[:, a][:, :, :, a] + k[:, b][:, :, :, b]).diagonal(dim1=1, dim2=3),
-            (k[:, b][:, :, :, a] - k[:, a][:, :, :, b]).diagonal(dim1=1, dim2=3),
+            known.paired(a, a) + known.paired(b, b), known.paired(b, a) - known.paired(a, b)
         ).permute(2, 0, 1)
         energy = known.q.diagonal(dim1=1, dim2=2) * known.score_cost[:, None]
         each = energy[:, a] + energy[:, b]
@@ -101,7 +99,7 @@ class Absorber:
 
     def losses(self, setting: Setting) -> Tensor:
         """(features + 1,) the same for every rank from 0 on."""
-        values = torch.linalg.eigvalsh(self._gram(self._features(setting))).clamp(min=0)
+        values = torch.linalg.eigvalsh(self._gram(self._features(setting), self._root)).clamp(min=0)
         channels = self._channels[setting.mean_phase]
         rest = setting.factor * channels.gain[~channels.best(setting.rope_dim // 2, self.even)].sum()
         return torch.cat([values.cumsum(0).flip(0), torch.zeros(1, dtype=values.dtype)]) + rest
@@ -110,9 +108,9 @@ class Absorber:
         """The maps with `total` numbers a token."""
         known, site = self.known, self.known.site
         features = self._features(setting)
-        _, vectors = torch.linalg.eigh(self._gram(features))
-        rank = min(total - setting.rope_dim, len(vectors))
-        u = vectors[:, len(vectors) - rank :].flip(1)
+        vectors = self._directions(features)
+        rank = min(total - setting.rope_dim, vectors.shape[1])
+        u = vectors[:, vectors.shape[1] - rank :].flip(1)
         down = u.T @ features.rows
         still = features.up_k @ u[: known.keys].reshape(site.k.heads, site.k.dim, rank)
         up_v = features.up_v @ u[known.keys :].reshape(site.v.heads, site.v.dim, rank)
@@ -128,7 +126,7 @@ class Absorber:
         known, site = self.known, self.known.site
         setting = Setting(factor, False, 0)
         features = self._features(setting)
-        _, vectors = torch.linalg.eigh(self._gram(features))
+        vectors = self._directions(features)
         u = vectors[:, len(vectors) - rank :].flip(1)
         up_k = features.up_k @ u[: known.keys].reshape(site.k.heads, site.k.dim, rank)
         up_v = features.up_v @ u[known.keys :].reshape(site.v.heads, site.v.dim, rank)
@@ -147,12 +145,28 @@ class Absorber:
         keys = torch.einsum("gij,gjx->gix", root, rest.reshape(g, d, -1)).reshape(g * d, -1) * setting.factor**0.5
         cost = per_kv_head(site, known.value_cost * self.value_share[:, None, None])
         value_root, value_inverse = rooted(cost)
-        rows = torch.block_diag(keys, torch.block_diag(*value_root))
+        rows = torch.cat([keys, (value_root @ known.value_rows).flatten(0, 1)])
         return _Features(rows, inverse / setting.factor**0.5, value_inverse)
 
-    def _gram(self, features: _Features) -> Tensor:
-        gram = features.rows @ self.known.spread @ features.rows.T
+    @cached_property
+    def _root(self) -> Tensor | None:
+        """(features, features) symmetric root of the moments of y, where keys and values are more than y: what they
+        have in common is then looked for in y."""
+        return None if self.known.basis is None else rooted(self.known.spread[None])[0][0]
+
+    def _gram(self, features: _Features, root: Tensor | None) -> Tensor:
+        rows = features.rows if root is None else features.rows @ root
+        gram = rows @ self.known.spread @ rows.T if root is None else rows.T @ rows
         return (gram + gram.T) / 2
+
+    def _directions(self, features: _Features) -> Tensor:
+        """(rows, n) orthonormal, in the order of what they hold, the most at the end."""
+        root = self._root
+        values, vectors = torch.linalg.eigh(self._gram(features, root))
+        if root is None:
+            return vectors
+        floor = FLOOR * max(float(values[-1]), TINY)
+        return features.rows @ root @ vectors * torch.where(values > floor, values.clamp(min=TINY).rsqrt(), 0.0)
 
     def _key_roots(self, mean_phase: bool) -> tuple[Tensor, Tensor]:
         """(g, d, d) twice: roots of what an error of the still key costs, and their inverses."""
@@ -170,21 +184,17 @@ class Absorber:
         return root, inverse
 
     def _rest(self, channels: Channels, kept: Tensor) -> Tensor:
-        """(g*d, g*d) what is left of the keys without the channels that turn."""
-        known, g, d = self.known, self.known.site.k.heads, self.known.site.k.dim
+        """(g * d, features) what is left of the keys without the channels that turn."""
+        known = self.known
         u = channels.u * kept[:, None, :]
         taken = (u @ u.conj().transpose(1, 2)) / channels.omega[:, :, None] * channels.omega[:, None, :]
-        rest = torch.eye(g * d, dtype=torch.float64).reshape(g, d, g, d)
+        rest = known.key_rows.clone()
         a, b = known.pairs[:, 0], known.pairs[:, 1]
-        taken = taken.permute(1, 2, 0)
-        for i in range(g):
-            for n in range(g):
-                real, imag = taken[i, n].real, taken[i, n].imag
-                rest[i, a, n, a] -= real
-                rest[i, b, n, b] -= real
-                rest[i, a, n, b] += imag
-                rest[i, b, n, a] -= imag
-        return rest.reshape(g * d, g * d)
+        turning = torch.complex(rest[:, a], rest[:, b])
+        turning = torch.einsum("jin,njx->ijx", taken, turning)
+        rest[:, a] -= turning.real
+        rest[:, b] -= turning.imag
+        return rest.flatten(0, 1)
 
     def _queries(self, mean_phase: bool) -> Tensor:
         """(h, d, d) what the query becomes where the rotation is a constant: conj of the constant, pair by pair."""
@@ -215,7 +225,7 @@ class Absorber:
             turn[n, part, :, first], turn[n, part, :, second] = key.real, sign * key.imag
             # of the second row it is b that takes the real part
             query_turn[:, n, part, first], query_turn[:, n, part, second] = query.real.T, sign * query.imag.T
-        turn = torch.cat([turn.flatten(0, 1).flatten(1), torch.zeros(2 * len(j), g * site.v.dim).double()], 1)
+        turn = turn.flatten(0, 1).flatten(1) @ known.key_rows.flatten(0, 1)
         frequencies = torch.zeros(0) if site.k.rope is None else torch.from_numpy(site.k.rope.frequencies)
         return turn, query_turn.flatten(1, 2), frequencies.double()[j]
 

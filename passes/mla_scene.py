@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from codegen.latent import attention, features
+from codegen.latent import attention
 from passes import Stats
 from passes.moments import SiteBatch, windowed
 from passes.refit import Measured, measured, output_error
@@ -99,7 +99,7 @@ def _scene(batch: SiteBatch, take: int, source: Weights, every: int, before: int
     return Scene(
         batch.site,
         q=seen.q[:, :, at].to(REAL),
-        y=features(seen.k, seen.v).to(REAL),
+        y=seen.y.to(REAL),
         added=seen.added[:, :, at].to(REAL),
         sink=None if seen.sink is None else seen.sink[:, :, at].to(REAL),
         p=seen.p[:, :, at].to(REAL),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from passes.mla_basis import of_tokens
 from rewrite.site import Norm, Operand, Rope, Site
 
 
@@ -29,6 +30,13 @@ class SiteBatch:
     """Attention probabilities (b, h, t, s) of the site on this batch; computed when asked for."""
     keep: Tensor | None
     """(b, t) bool: tokens that count; None where all do."""
+    back: Tensor | None = None
+    """(features, keys and values) from keys and values to y, where they share fewer numbers (passes/mla_basis.py)"""
+
+    @property
+    def y(self) -> Tensor:
+        """(b, s, features) what a latent is made of: keys of all heads, then values, or the numbers that they share."""
+        return of_tokens(self.k, self.v, self.back)
 
 
 def q_gram(batch: SiteBatch) -> Tensor:
@@ -48,10 +56,8 @@ def v_gram(batch: SiteBatch) -> Tensor:
 
 
 def kv_gram(batch: SiteBatch) -> Tensor:
-    """(g*d + g*dv + 1, ...) sum of ỹ ỹᵀ, y the keys of all heads, then their values, and a 1 behind them."""
-    k, v = (_counted(x, batch.keep).transpose(0, 1).flatten(1) for x in (batch.k, batch.v))
-    flat = torch.cat([k, v, torch.ones_like(k[:, :1])], 1)
-    return flat.T @ flat
+    """(features + 1, features + 1) sum of ỹ ỹᵀ, y what a latent is made of with a 1 behind it."""
+    return _augmented(_counted(batch.y[:, None], batch.keep))
 
 
 def k_inverse(batch: SiteBatch) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from codegen.eager import rotated, scored
-from codegen.latent import attention, features
+from codegen.latent import attention
 from passes.moments import SiteBatch, windowed
 from rewrite.heads import Latents
 from rewrite.site import Affine, Sink, Site
@@ -31,11 +31,12 @@ class Trial:
     """(b, h, t, s) mask and biases; -inf where nothing is seen"""
     sink: Tensor | None
     """(b, h, t, 1) the logit of what attention leaves out"""
+    y: Tensor
+    """(b, s, features) what a latent is made of"""
 
     def latent(self, latents: Latents) -> Tensor:
         """(b, h, t, dv): the heads' outputs with a latent in place of keys and values."""
-        y = features(self.k, self.v)
-        return attention(latents, self.site, self.q, y, added=self.added, sink=self.sink)
+        return attention(latents, self.site, self.q, self.y, added=self.added, sink=self.sink)
 
     def original(self) -> Tensor:
         """(b, h, t, dv): the heads' outputs."""
@@ -56,7 +57,7 @@ def trial(batch: SiteBatch) -> Trial:
     sink = None
     if any(isinstance(m, Sink) for m in site.mods):
         sink = (1 - p.sum(-1, keepdim=True)).clamp(min=1e-300).log()
-    return Trial(site, q, k, v, p, added, sink)
+    return Trial(site, q, k, v, p, added, sink, batch.y.double())
 
 
 def heads_outputs(latents: Latents, batch: SiteBatch) -> Tensor:

@@ -22,8 +22,9 @@ from rewrite.emit.files import dress
 from rewrite.emit.observe import Log, Table, observe, owner
 from rewrite.emit.twin import as_before, in_float, put, table, twin
 from rewrite.emit.validate import differs, inconsistent, latents_held
-from rewrite.exact import exact_latents, exact_rebuilt
+from rewrite.exact import exact_latents, exact_rebuilt, exact_shared
 from rewrite.heads import Latents, Rewritten
+from rewrite.shared import shared
 from rewrite.site import FloatArray, Rope, Site
 
 Recipe = dict[str, Any]
@@ -88,7 +89,9 @@ def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Re
         if latents.up_k is not None:
             rope |= {"pairs": site.k.rope.pairs.T.tolist(), "turns": site.k.rope.frequencies.tolist()}
     sizes = {"rank": latents.rank, "rope_dim": latents.rope_dim, "heads": site.heads}
-    sizes |= {"dim": site.k.dim, "value_dim": site.v.dim}
+    few = shared(site)
+    features = len(keep) * (site.k.dim + site.v.dim) if few is None else few.width
+    sizes |= {"dim": site.k.dim, "value_dim": site.v.dim, "features": features}
     if latents.up_k is not None and site.kv_of != tuple(i // (site.heads // site.k.heads) for i in range(site.heads)):
         return f"its {site.heads} query heads do not read its {site.k.heads} kv heads in order"
     place = {
@@ -97,6 +100,7 @@ def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Re
         "module": owner(site),
         "rebuilt": latents.up_k is not None,
         "shown": shown,
+        "shared": None if few is None else {"argument": list(log.argument)},
     }
     return place | {"sizes": sizes, "keep": keep, "rope": rope}
 
@@ -116,6 +120,8 @@ def _shown(module: nn.Module, site: Site, latents: Latents, log: Log) -> Recipe 
     if log.kernels:
         return None
     kind = type(module).__name__
+    if shared(site) is not None:
+        return f"{kind} computes its attention itself and asks for no kernel that could read a latent"
     if site.k.rope is not None or latents.up_k is not None:
         return f"{kind} computes its attention itself and asks for no kernel that could read a latent under a rope"
     readers = [site.kv_of.index(i) for i in range(site.k.heads)]
@@ -126,6 +132,12 @@ def _shown(module: nn.Module, site: Site, latents: Latents, log: Log) -> Recipe 
 
 def _keep(site: Site, log: Log) -> list[int] | str:
     """Which of the heads that the module shows are the site's kv heads."""
+    few = shared(site)
+    if few is not None:
+        given = {(w.k.shape[1], w.k.shape[3], w.v.shape[3]) for w in log.writes}
+        if given == {(1, few.rank, len(few.dims))}:
+            return [0]
+        return f"its cache is given (heads, widths) {sorted(given)}, not the {few.rank} and {len(few.dims)} numbers shared"
     shown = {t.shape[1] for w in log.writes for t in (w.k, w.v)}
     if shown == {site.k.heads}:
         return list(range(site.k.heads))
@@ -171,6 +183,9 @@ def _unproven(
 
 def _exact(site: Site, new: Rewritten) -> Latents:
     """Latents of the same kind that lose nothing."""
+    few = shared(site)
+    if few is not None:
+        return exact_shared(site, few, new.weights)
     return exact_rebuilt(site) if _of(new).up_k is not None else exact_latents(site)
 
 
@@ -222,7 +237,10 @@ def module_tensors(site: Site, latents: Latents, factor: float) -> dict[str, Ten
     """The runtime module's parameters. A factor that the rope's table carries, or that stands behind the rope, is in
     the keys and queries that the module shows, but not in those that the latents are made for."""
     down = torch.cat([latents.down, latents.turn])
-    down[:, : site.k.heads * site.k.dim] /= factor
+    few = shared(site)
+    # of what is shared the part that turns is a key as it is
+    keys = slice(site.k.heads * site.k.dim) if few is None else slice(few.rank, None)
+    down[:, keys] /= factor
     out = {"down": down, "up_v": latents.up_v}
     if latents.up_k is not None:
         return {name: value.float().contiguous() for name, value in (out | {"up_k": latents.up_k * factor}).items()}
