@@ -33,6 +33,9 @@ def shape(site: Site) -> str:
     if isinstance(site.form, Latent):
         turned = f" + {site.form.rope_dim}" if site.form.rope_dim else ""
         return f"{'rebuilt' if site.form.rebuilt else 'latent'} {site.form.rank}{turned} for {site.heads} heads"
+    few = shared(site)
+    if few is not None:
+        return f"latent {few.rank} + {len(few.dims)} for {site.heads} heads"
     width = f"{site.k.dim}" if site.k.dim == site.v.dim else f"{site.k.dim}/{site.v.dim}"
     if isinstance(site.form, Dense) or site.kv_heads == site.heads:
         return f"dense {site.heads} × {width}"

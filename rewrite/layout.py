@@ -95,7 +95,8 @@ def expanded(site: Site, new: Weights, kv_of: Sequence[int], tensors: Tensors) -
     of_old = kv_slots(site, kv_of)
     queries = list(range(site.heads))
     _write_heads(edits, site.q, new.q, queries, tensors)
-    if shared(site) is None:  # else they are read, never rewritten
+    # heads that share numbers are read from a latent or stay: there is no projection of their own to be written
+    if shared(site) is None or of_old != list(range(site.k.heads)):
         _write_heads(edits, site.k, new.k, of_old, tensors)
         _write_heads(edits, site.v, new.v, of_old, tensors)
     _write_out(edits, output_of(site), new, tensors)

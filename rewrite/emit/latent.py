@@ -64,7 +64,7 @@ def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
 
 def forecast_latent(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Site name -> (form, what it costs), before anything is run."""
-    why = "stock: its class caches heads" if model.can_generate() else "latent: it generates nothing and caches nothing"
+    why = "stock: its class caches what it cached" if model.can_generate() else "latent: it generates nothing and caches nothing"
     return {name: ("latent" if model.can_generate() else "refused", why) for name in names}
 
 
