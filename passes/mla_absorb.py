@@ -75,9 +75,8 @@ class Absorber:
     def _make_channels(self, mean_phase: bool) -> Channels:
         known = self.known
         a, b = known.pairs[:, 0], known.pairs[:, 1]
-        gram = torch.complex(
-            known.paired(a, a) + known.paired(b, b), known.paired(b, a) - known.paired(a, b)
-        ).permute(2, 0, 1)
+        real, imag = known.paired(a, a) + known.paired(b, b), known.paired(b, a) - known.paired(a, b)
+        gram = torch.complex(real, imag).permute(2, 0, 1)
         energy = known.q.diagonal(dim1=1, dim2=2) * known.score_cost[:, None]
         each = energy[:, a] + energy[:, b]
         stand_in = known.stand_in if mean_phase else torch.ones_like(known.stand_in)

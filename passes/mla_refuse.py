@@ -12,7 +12,8 @@ from rewrite.site import Latent, Operand, Refusal, Site
 
 def refuse_site(site: Site, rebuilt: bool) -> str | None:
     """The first reason that applies whatever the size, or None."""
-    return _refuse_parts(site) or _refuse_shared(site, rebuilt) or _refuse_constants(site) or _refuse_rope(site, rebuilt)
+    reason = _refuse_parts(site) or _refuse_shared(site, rebuilt)
+    return reason or _refuse_constants(site) or _refuse_rope(site, rebuilt)
 
 
 def refuse_size(site: Site, rank: int, rope_dim: int | None, rebuilt: bool) -> str | None:
@@ -54,12 +55,14 @@ def _refuse_parts(site: Site) -> str | None:
 
 def _refuse_shared(site: Site, rebuilt: bool) -> str | None:
     few = shared(site)
-    if few is None or not rebuilt:
+    if few is None:
         return None
-    return (
-        f"it caches a latent of {few.rank} and {len(few.dims)} shared numbers already, whose keys are expanded before "
-        'they turn; form="absorbed" works'
-    )
+    if site.k.after is not None:
+        return "its keys are scaled behind the rotation, and what turns of them is cached before it is scaled"
+    if not rebuilt:
+        return None
+    held = f"{few.rank} and {len(few.dims)} shared numbers"
+    return f'it caches a latent of {held} already, whose keys are expanded before they turn; form="absorbed" works'
 
 
 def _refuse_constants(site: Site) -> str | None:

@@ -89,9 +89,8 @@ def shared_site(
     down = Root("down.weight", np.arange(width) * width, 1, width, source="hidden")
     table = np.arange(rows).reshape(heads, plain + value)
     shared = np.broadcast_to(np.arange(rank, width), (heads, turning))
-    rope = Rope(
-        plain + np.arange(turning).reshape(-1, 2), np.array([1.0, 0.1, 0.01, 0.001])[: turning // 2], np.zeros(turning // 2)
-    )
+    n = turning // 2
+    rope = Rope(plain + np.arange(turning).reshape(-1, 2), np.array([1.0, 0.1, 0.01, 0.001])[:n], np.zeros(n))
     k = Operand(
         (down, up), np.concatenate([width + table[:, :plain], shared], 1), Affine(np.ones((heads, dim))), rope=rope
     )

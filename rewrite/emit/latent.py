@@ -64,8 +64,9 @@ def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
 
 def forecast_latent(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Site name -> (form, what it costs), before anything is run."""
-    why = "stock: its class caches what it cached" if model.can_generate() else "latent: it generates nothing and caches nothing"
-    return {name: ("latent" if model.can_generate() else "refused", why) for name in names}
+    if not model.can_generate():
+        return dict.fromkeys(names, ("refused", "latent: it generates nothing and caches nothing"))
+    return dict.fromkeys(names, ("latent", "stock: its class caches what it cached"))
 
 
 def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Recipe | str:
@@ -137,7 +138,8 @@ def _keep(site: Site, log: Log) -> list[int] | str:
         given = {(w.k.shape[1], w.k.shape[3], w.v.shape[3]) for w in log.writes}
         if given == {(1, few.rank, len(few.dims))}:
             return [0]
-        return f"its cache is given (heads, widths) {sorted(given)}, not the {few.rank} and {len(few.dims)} numbers shared"
+        widths = f"{few.rank} and {len(few.dims)} numbers that its heads share"
+        return f"its cache is given (heads, widths) {sorted(given)}, not the {widths}"
     shown = {t.shape[1] for w in log.writes for t in (w.k, w.v)}
     if shown == {site.k.heads}:
         return list(range(site.k.heads))

@@ -20,6 +20,7 @@ from rewrite.layout import gather
 from tests.contract.test_latent import found, made
 from tests.zoo.entry import settled
 from tests.zoo.library import MLA as SIZES
+from tests.zoo.library import TEXT
 
 KINDS = ("deepseek_v2-sdpa", "deepseek_v3-sdpa", "minicpm3-eager")
 """A complex rope table, interleaved pairs, pairs by halves."""
@@ -38,7 +39,7 @@ def test_nothing_is_lost_at_the_limit(name: str) -> None:
 
 
 def test_a_model_whose_queries_have_no_rank_of_their_own() -> None:
-    config = DeepseekV3Config(**{**SIZES, "q_lora_rank": None, "vocab_size": 128, "first_k_dense_replace": 2})
+    config = DeepseekV3Config(**{**TEXT, **SIZES, "q_lora_rank": None, "first_k_dense_replace": 2})
     torch.manual_seed(0)
     model: Any = settled(DeepseekV3ForCausalLM(config))
     given = padded({"input_ids": torch.randint(1, 128, (2, 9))})

@@ -119,7 +119,8 @@ def test_the_coordinates_do_not_matter(setting: Setting) -> None:
     maps = [a.latents(setting, total) for a in absorbers]
     rows = basis(few, weights)
     assert rows is not None
-    read = [torch.einsum("hrd,rx->hdx", m.read, d) for m, d in zip(maps, (maps[0].down, maps[1].down @ rows), strict=True)]
+    downs = maps[0].down, maps[1].down @ rows
+    read = [torch.einsum("hrd,rx->hdx", m.read, d) for m, d in zip(maps, downs, strict=True)]
     assert torch.allclose(read[0], read[1], atol=1e-6 * float(read[1].abs().max()))
 
 
