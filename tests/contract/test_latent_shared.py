@@ -131,7 +131,7 @@ def test_the_plan_says_what_it_caches_now_and_after() -> None:
     model, given, _ = found("deepseek_v3-sdpa")
     program = capture(model, given, dynamic=False)
     sites = find(program.static)
-    text = str(make_plan(model, program, sites, {s.name: HALF for s in sites.sites}))
+    text = str(make_plan(model, program, sites, {s.name: HALF for s in sites.sites}, spelled=("mla:cache=0.5",)))
     assert "latent 32 + 8 for 4 heads" in text
     assert "latent 14 + 6 for 4 heads" in text
     assert "160 B → 80 B" in text
