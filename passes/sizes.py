@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rewrite.checkpoint import Checkpoint, open_checkpoint
+from rewrite.shared import shared
 from rewrite.site import Dense, Latent, Operand, Refusal, Site
 
 
@@ -32,6 +33,9 @@ def shape(site: Site) -> str:
     if isinstance(site.form, Latent):
         turned = f" + {site.form.rope_dim}" if site.form.rope_dim else ""
         return f"{'rebuilt' if site.form.rebuilt else 'latent'} {site.form.rank}{turned} for {site.heads} heads"
+    few = shared(site)
+    if few is not None:
+        return f"latent {few.rank} + {len(few.dims)} for {site.heads} heads"
     width = f"{site.k.dim}" if site.k.dim == site.v.dim else f"{site.k.dim}/{site.v.dim}"
     if isinstance(site.form, Dense) or site.kv_heads == site.heads:
         return f"dense {site.heads} × {width}"
@@ -46,13 +50,23 @@ def parameters(site: Site) -> int:
         return heads * o.dim * (o.roots[0].columns + (o.roots[0].bias is not None))
 
     out = 0 if isinstance(site.out, Refusal) else site.heads * site.v.dim * site.out.root.rows
+    few = shared(site)
+    if few is not None:
+        given = few.up.rows * few.rank + len(few.dims) * (few.key.columns + (few.key.bias is not None))
+        return numbers(site.q, site.heads) + given + out + _reading(site, few.width)
     if isinstance(site.form, Latent):
-        # the projections stay, and what is read from the latent comes beside them
-        held, d, e = site.form, site.k.dim, site.v.dim
-        reading = site.heads * (held.rank * (d + e) + held.rope_dim * d)
-        added = site.cache_per_token * site.k.heads * (d + e) + reading
+        added = _reading(site, site.k.heads * (site.k.dim + site.v.dim))
         return numbers(site.q, site.heads) + sum(numbers(o, o.heads) for o in (site.k, site.v)) + out + added
     return numbers(site.q, site.heads) + sum(numbers(o, site.kv_heads) for o in (site.k, site.v)) + out
+
+
+def _reading(site: Site, features: int) -> int:
+    """Numbers of the maps to a latent and from it; the projections stay beside them."""
+    held = site.form
+    if not isinstance(held, Latent):
+        return 0
+    d, e = site.k.dim, site.v.dim
+    return site.cache_per_token * features + site.heads * (held.rank * (d + e) + held.rope_dim * d)
 
 
 def saved(before: tuple[Site, ...], after: tuple[Site, ...]) -> int:
