@@ -6,7 +6,7 @@ the wiring; then the model with its real latents must say the same with its cach
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,14 +60,24 @@ def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
     if problem is not None:
         raise RuntimeError(f"the model with its latents does not read them as it wrote them: {problem}")
     as_before(made, model)
-    return Emitted(made, dict.fromkeys(kept, "latent"), {}, refused)
+    return Emitted(made, dict.fromkeys(kept, "latent"), {n: _stays(site) for n, (site, _) in kept.items()}, refused)
 
 
-def forecast_latent(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Site name -> (form, what it costs), before anything is run."""
+def forecast_latent(model: PreTrainedModel, sites: Mapping[str, Site]) -> dict[str, tuple[str, str]]:
+    """Source sites by name -> (form, what it costs), before anything is run."""
     if not model.can_generate():
-        return dict.fromkeys(names, ("refused", "latent: it generates nothing and caches nothing"))
-    return dict.fromkeys(names, ("latent", "stock: its class caches what it cached"))
+        return dict.fromkeys(sites, ("refused", "latent: it generates nothing and caches nothing"))
+    why = "stock: its class caches what it cached"
+    return {name: ("latent", "; ".join([why, *_stays(site)])) for name, site in sites.items()}
+
+
+def _stays(site: Site) -> tuple[str, ...]:
+    """What the file holds that nothing is read from any more."""
+    few = shared(site)
+    if few is None:
+        return ()
+    name = few.up.tensor.removeprefix(f"{owner(site)}.")
+    return (f"{name} stays in the file: the module expands one token with it, and the kernel reads the latent",)
 
 
 def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Recipe | str:

@@ -9,9 +9,12 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, StaticCache
 
 from passes.convert import named_tensors
+from passes.emit import forecast
 from passes.find import find
 from passes.mla import MLA
 from passes.plan import make_plan
+from passes.verdict import next_target
+from rewrite import convert
 from rewrite.capture import capture
 from rewrite.emit import emit_latent
 from rewrite.emit.choose import padded
@@ -135,3 +138,51 @@ def test_the_plan_says_what_it_caches_now_and_after() -> None:
     assert "latent 32 + 8 for 4 heads" in text
     assert "latent 14 + 6 for 4 heads" in text
     assert "160 B → 80 B" in text
+
+
+def test_the_plan_offers_what_is_not_refused() -> None:
+    model, given, _ = found("deepseek_v3-sdpa")
+    program = capture(model, given, dynamic=False)
+    sites = find(program.static)
+    text = str(make_plan(model, program, sites, {}))
+    assert text.splitlines()[-1].endswith("--to mla:cache=0.5")
+    assert next_target(sites.sites, generates=True) == "mla:cache=0.5"
+    assert next_target(sites.sites, generates=False) is None
+
+
+def test_it_says_that_the_projection_which_is_read_no_more_stays() -> None:
+    model, _, emitted = made("deepseek_v3-sdpa", HALF)
+    sites = found("deepseek_v3-sdpa")[2]
+    forms = forecast(model, {s.name: (s, HALF.after(s)) for s in sites})
+    for site in sites:
+        form, why = forms[site.name]
+        assert form == "latent"
+        assert "; kv_b_proj.weight stays in the file" in why
+        assert emitted.why[site.name][0] in why
+    held = dict(emitted.model.named_parameters())
+    assert sum(n.endswith(".kv_b_proj.weight") for n in held) == len(sites)
+
+
+EASY = 1
+"""The layer whose latent comes from two numbers of a token."""
+
+
+def test_a_total_goes_where_it_is_missed() -> None:
+    config = DeepseekV3Config(**{**TEXT, **SIZES, "num_hidden_layers": 3, "first_k_dense_replace": 3})
+    torch.manual_seed(0)
+    source: Any = settled(DeepseekV3ForCausalLM(config))
+    with torch.no_grad():
+        for layer in source.model.layers:
+            layer.self_attn.o_proj.weight.mul_(4)
+        weight = source.model.layers[EASY].self_attn.kv_a_proj_with_mqa.weight
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        weight.copy_((u[:, :2] * s[:2]) @ v[:2])
+    rows = torch.randint(1, 128, (24, 24), generator=torch.Generator().manual_seed(1))
+    done = convert(source, MLA(cache=0.5, polish=1), calibration=rows, length=24, check=False)
+    ranks = [row.cache_after for row in done.rewrite_report.sites]
+    assert sum(ranks) == 60
+    assert ranks[EASY] < 15
+    out = done.generate(rows[:2, :8], do_sample=False, max_new_tokens=5, pad_token_id=0, return_dict_in_generate=True)
+    assert cache_bytes(out.past_key_values) == 60 * 12 * 2 * 4
+    again = done(out.sequences[:, :-1], use_cache=False).logits[:, 7:].argmax(-1)
+    assert torch.equal(out.sequences[:, 8:], again)

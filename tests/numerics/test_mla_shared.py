@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import passes.mla_absorb as absorb_module
 from codegen.latent import attention
 from passes.mla import MLA
 from passes.mla_absorb import Absorber, Setting
 from passes.mla_basis import back, basis, of_tokens
+from passes.mla_scene import scenes
 from passes.mla_source import known
+from passes.trial import trial
 from rewrite.heads import Rewritten, Weights
 from rewrite.layout import expanded, gather
 from rewrite.shared import shared
@@ -122,6 +125,38 @@ def test_the_coordinates_do_not_matter(setting: Setting) -> None:
     downs = maps[0].down, maps[1].down @ rows
     read = [torch.einsum("hrd,rx->hdx", m.read, d) for m, d in zip(maps, downs, strict=True)]
     assert torch.allclose(read[0], read[1], atol=1e-6 * float(read[1].abs().max()))
+
+
+def test_some_windows_and_queries_are_those_of_all() -> None:
+    site, tensors = shared_site()
+    weights = gather(site, tensors.__getitem__)
+    stats = stats_of(site, weights)
+    latents = MLA(cache=0.5).rewrite(site, weights, stats).latents
+    assert latents is not None
+    batch, x = next(iter(stats.batches())), stats.inputs[0]
+    assert torch.allclose(batch.y, x, rtol=1e-9), "all that its heads share is read"
+    whole, at = trial(batch), torch.tensor([3, 11, 23])
+    some = trial(batch, slice(1, 3), at, torch.float32)
+    assert torch.allclose(some.y.double(), x[1:3], atol=1e-5)
+    assert torch.allclose(some.latent(latents).double(), whole.latent(latents)[1:3][:, :, at], atol=1e-4)
+    few = next(iter(scenes(stats, weights, 48, every=4)))
+    want = whole.latent(latents)[: len(few.q), :, few.at]
+    assert torch.allclose(few.heads(latents).double(), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("setting", [Setting(1.0, True, 2), Setting(3.0, False, 0)], ids=str)
+def test_a_site_too_wide_for_the_plain_path_is_the_same(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments of what is shared are small however many heads read it."""
+    site, tensors = shared_site()
+    weights = gather(site, tensors.__getitem__)
+    stats = stats_of(site, weights)
+    seen, ones = known(site, weights, stats.moments, stats.tokens), torch.ones(4, dtype=torch.float64)
+    plain = Absorber(seen, ones).losses(setting)
+    monkeypatch.setattr(absorb_module, "WIDE", 4)
+    wide = Absorber(seen, ones, numbers=3)
+    assert torch.equal(wide.losses(setting), plain)
+    assert len(plain) == 13
+    assert wide.latents(setting, 12).rank == 12 - setting.rope_dim
 
 
 def test_an_ordinary_site_shares_nothing_and_keys_are_never_written() -> None:
