@@ -83,7 +83,7 @@ def measure(entry: Entry) -> Row | None:
 def _emitted(program: Program, found: Found, target: MLA) -> tuple[Emitted | None, list[str], list[Site]]:
     """The emission, why sites are left alone, and the sites that got a latent."""
     model: Any = program.module
-    stay = {**uncached(program, found, target), **barred(found)}
+    stay = {**dict.fromkeys(uncached(program, found), "it caches nothing"), **barred(found)}
     changes: dict[str, tuple[Site, Rewritten]] = {}
     why: list[str] = []
     for site in found.sites:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
 from passes import Target
+from passes.factor import LowRank
 from passes.find import Found
+from passes.mla import MLA
 from passes.region import site_tensors
 from rewrite.program import Program
 from rewrite.select import select
-from rewrite.site import Latent, Site
+from rewrite.site import Site
 
 
 def assign(found: Found, target: Target, only: str = "*", skip: Sequence[str] = ()) -> dict[str, Target]:
@@ -36,14 +38,16 @@ def barred(found: Found) -> Mapping[str, str]:
     return reasons
 
 
-def uncached(program: Program, found: Found, target: Target) -> Mapping[str, str]:
-    """Site -> why it gets no latent: there is no cache that could hold it."""
-    sites = [s for s in found.sites if target.refuse(s) is None and isinstance(target.after(s).form, Latent)]
+def suited(targets: Mapping[str, Target], without: Collection[str]) -> dict[str, Target]:
+    """The targets as they apply to each site: where nothing is cached a latent saves work, not memory."""
+    return {n: LowRank(t) if n in without and isinstance(t, MLA) else t for n, t in targets.items()}
+
+
+def uncached(program: Program, found: Found) -> frozenset[str]:
+    """Sites that no cache serves: all of a module that generates nothing, and encoders."""
     if not isinstance(program.module, PreTrainedModel) or not program.module.can_generate():
-        why = f"{type(program.module).__name__} generates nothing and so caches nothing; fewer kv heads (gqa) save work"
-        return {s.name: why for s in sites}
-    why = "an encoder sees all tokens at once and caches nothing; fewer kv heads (gqa) save work"
-    return {s.name: why for s in sites if not holds_cache(s)}
+        return frozenset(s.name for s in found.sites)
+    return frozenset(s.name for s in found.sites if not holds_cache(s))
 
 
 def holds_cache(site: Site) -> bool:

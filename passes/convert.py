@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -98,7 +98,9 @@ def _convert_on(
     stream.reach(part)
     stats = statistics(stream, part, target.needs, tensors)
     rewritten = _rewrite(part.site, target, tensors, stats)
-    if tuning is not None:
+    if tuning is not None and rewritten.factors is not None:
+        rewritten = replace(rewritten, notes=(*rewritten.notes, f"{part.site.name}: factors are not tuned"))
+    elif tuning is not None and rewritten.site is not part.site:
         rewritten = tune(rewritten, part.site, gather(part.site, tensors), stats, tuning)
     latents, kv_of = rewritten.latents, rewritten.site.kv_of
     edits = expanded(part.site, rewritten.weights, kv_of, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
@@ -10,14 +11,16 @@ from transformers import PreTrainedModel
 
 from passes.convert import Change, named_tensors
 from passes.lower import lower
+from passes.lower_factored import unsplittable
 from passes.plan import Plan, nothing_applies
 from rewrite.emit import Emitted, Stock, deepseek, emit_latent, forecast_latent
 from rewrite.emit import emit as emit_heads
 from rewrite.emit import forecast as forecast_heads
 from rewrite.emit.choose import Changes, padded
+from rewrite.emit.factored import proven, shipped
 from rewrite.emit.validate import differs_in_logits
 from rewrite.program import Program
-from rewrite.site import Latent, Site
+from rewrite.site import Factored, Latent, Site
 
 How = Literal["auto", "stock", "own"]
 """Of a latent: a class of the library that engines load, the model's own class with a modelling file, or the first
@@ -29,19 +32,37 @@ PADDING = 1.25
 
 def emit(program: Program, changes: Mapping[str, Change], planned: Plan, how: How = "auto") -> tuple[nn.Module, Plan]:
     """The new model, and the plan with the form that each site got. A module without a config becomes a graph."""
-    pairs = {name: (c.site, c.rewritten) for name, c in changes.items()}
+    pairs = {name: (c.site, c.rewritten) for name, c in changes.items() if c.rewritten.site is not c.site}
+    stay = {name: "; ".join(c.rewritten.notes) for name, c in changes.items() if name not in pairs}
     if not isinstance(program.module, PreTrainedModel):
-        made = lower(program.dynamic or program.static, pairs, named_tensors(program.module))
-        return made, planned.emitted(dict.fromkeys(pairs, ("graph", "")), {})
-    latent = any(c.rewritten.latents is not None for c in changes.values())
-    if latent:
-        emitted = _latent(program.module, pairs, program, how)
-    else:
-        emitted = emit_heads(program.module, pairs, program.kwargs)
+        graph, tensors = program.dynamic or program.static, named_tensors(program.module)
+        stay |= unsplittable(graph, pairs, tensors)
+        pairs = {name: pair for name, pair in pairs.items() if name not in stay}
+        planned = planned.emitted(dict.fromkeys(pairs, ("graph", "")), stay)
+        require(planned)
+        return lower(graph, pairs, tensors), planned
+    emitted = _emitted(program.module, pairs, program, how)
     forms = {n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}
-    planned = planned.emitted(forms, emitted.refused, emitted.held)
+    planned = planned.emitted(forms, {**stay, **emitted.refused}, emitted.held)
     require(planned)
     return emitted.model, planned
+
+
+def _emitted(model: PreTrainedModel, pairs: Changes, program: Program, how: How) -> Emitted:
+    """By what the sites hold: latents in a cache, factors where nothing is cached, else heads."""
+    latents = {n: pair for n, pair in pairs.items() if pair[1].latents is not None}
+    factored = {n: pair for n, pair in pairs.items() if pair[1].factors is not None}
+    if not factored:
+        return _latent(model, pairs, program, how) if latents else emit_heads(model, pairs, program.kwargs)
+    beside = proven(model, factored, program.kwargs)
+    if not latents or not beside.recipes:
+        emitted = _latent(model, latents, program, how) if latents else shipped(model, beside)
+        return replace(emitted, refused={**beside.refused, **emitted.refused})
+    emitted = emit_latent(model, latents, program.kwargs, beside)
+    if emitted.forms:
+        return emitted
+    alone = shipped(model, beside)
+    return replace(alone, refused={**emitted.refused, **alone.refused})
 
 
 def _latent(model: PreTrainedModel, pairs: Changes, program: Program, how: How) -> Emitted:
@@ -86,8 +107,10 @@ def forecast(module: nn.Module, pairs: Mapping[str, tuple[Site, Site]]) -> dict[
     if not isinstance(module, PreTrainedModel):
         return dict.fromkeys(pairs, ("graph", ""))
     latent = {n: old for n, (old, new) in pairs.items() if isinstance(new.form, Latent)}
-    heads = {n: pair for n, pair in pairs.items() if n not in latent}
-    return forecast_heads(module, heads) | forecast_latent(module, latent)
+    factored = [n for n, (_, new) in pairs.items() if isinstance(new.form, Factored)]
+    heads = {n: pair for n, pair in pairs.items() if n not in (*latent, *factored)}
+    made = forecast_heads(module, heads) | forecast_latent(module, latent)
+    return made | dict.fromkeys(factored, ("factored", ""))
 
 
 def require(planned: Plan) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from passes.lower_factored import site_cuts, split
 from rewrite.heads import Rewritten
 from rewrite.layout import axis_map, expanded, repeats
 from rewrite.site import IntArray, Site, Tensors
@@ -46,6 +47,11 @@ def lower(program: ExportedProgram, changes: Mapping[str, tuple[Site, Rewritten]
     shrunk: dict[str, Shrunk] = {}
     for site, rewritten in changes.values():
         full = expanded(site, rewritten.weights, rewritten.site.kv_of, tensors)
+        found = site_cuts(site, rewritten, tensors)
+        if isinstance(found, str):
+            raise ValueError(found)
+        split(module, found, full)
+        full = {name: value for name, value in full.items() if name not in {cut.tensor for cut in found}}
         maps = repeats(site, rewritten.site.kv_of, tensors)
         for name, value in full.items():
             made = _replace(module, name, value, maps.get(name))

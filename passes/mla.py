@@ -53,8 +53,12 @@ class MLA:
     turns them, which loses less and computes more. `even` keeps one turned channel of each of evenly spaced
     frequencies, as serving engines turn them (docs/serving.md); it loses more than the channels worth most.
     `spread`: with calibration, one `cache` for all sites is a total, of which each site gets what it gains most by, so
-    that ranks differ; false gives all the same. `refit` solves the output projection anew on the calibration; `polish`
-    is the most Gauss-Newton steps on the attention's own output error, 0 for none.
+    that ranks differ; false gives all the same.
+    Where nothing is cached (an encoder, a plain module) keys and values are projected through few numbers instead, to
+    save parameters and work (passes/factor.py): `rank` is how many, `cache` their share of the rows of both
+    projections, `keep` as above. All else of the attention is as it was; a size that saves nothing is refused.
+    `refit` solves the output projection anew on the calibration; `polish` is the most Gauss-Newton steps on the
+    attention's own output error, 0 for none.
     """
 
     name: ClassVar[str] = "mla"

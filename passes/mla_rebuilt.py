@@ -137,7 +137,7 @@ def rebuilder(site: Site, weights: Weights, stats: Stats | None, stage: Sequence
         known(site, weights, moments, tokens),
         key_norm(site, weights),
     )
-    felt = influence(stage, behind, raw=norm is not None) if stage else _unfelt(behind)
+    felt = influence(stage, behind, raw=norm is not None) if stage else unfelt(behind)
     key_cost = per_kv_head(site, query_metric(behind) * felt.score_cost[:, None, None])
     if norm is not None:
         key_cost = through(norm, key_cost, _raw_rows(stage, seen))
@@ -160,7 +160,7 @@ def rebuilder(site: Site, weights: Weights, stats: Stats | None, stage: Sequence
     )
 
 
-def _unfelt(seen: Known) -> Influence:
+def unfelt(seen: Known) -> Influence:
     """Without calibration."""
     return Influence(seen.score_cost, torch.ones_like(seen.score_cost), torch.zeros_like(seen.second))
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from passes.factor_shape import sides
 from rewrite.checkpoint import Checkpoint, open_checkpoint
 from rewrite.shared import shared
-from rewrite.site import Dense, Latent, Operand, Refusal, Site
+from rewrite.site import Dense, Factored, Latent, Operand, Refusal, Site
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ def shape(site: Site) -> str:
     if isinstance(site.form, Latent):
         turned = f" + {site.form.rope_dim}" if site.form.rope_dim else ""
         return f"{'rebuilt' if site.form.rebuilt else 'latent'} {site.form.rank}{turned} for {site.heads} heads"
+    if isinstance(site.form, Factored):
+        ranks = "/".join("dense" if r is None else str(r) for r in site.form.ranks)
+        return f"factored {ranks} for {site.heads} heads"
     few = shared(site)
     if few is not None:
         return f"latent {few.rank} + {len(few.dims)} for {site.heads} heads"
@@ -54,6 +58,10 @@ def parameters(site: Site) -> int:
     if few is not None:
         given = few.up.rows * few.rank + len(few.dims) * (few.key.columns + (few.key.bias is not None))
         return numbers(site.q, site.heads) + given + out + _reading(site, few.width)
+    if isinstance(site.form, Factored):
+        have = sides(site)
+        held = numbers(site.q, site.heads) + numbers(site.k, site.k.heads) + numbers(site.v, site.v.heads)
+        return held - have.dense + have.cost(site.form.ranks) + out
     if isinstance(site.form, Latent):
         added = _reading(site, site.k.heads * (site.k.dim + site.v.dim))
         return numbers(site.q, site.heads) + sum(numbers(o, o.heads) for o in (site.k, site.v)) + out + added

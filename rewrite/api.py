@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from passes import Target
-from passes.assign import assign, barred, uncached
+from passes.assign import assign, barred, suited, uncached
 from passes.convert import Change, convert_sites
 from passes.emit import How, forecast, require
 from passes.emit import emit as emit_forms
@@ -191,19 +191,17 @@ class _Step:
 
     def targets(self, program: Program, found: Found) -> dict[str, Target]:
         """The target of every site that can have it."""
-        if self.target is None:
-            return {}
-        shared = self.barred(program, found)
-        chosen = assign(found, self.target, self.only, self.skip)
+        shared, chosen = barred(found), self.assigned(program, found)
         sites = {s.name: s for s in found.sites}
         fit = {n: t for n, t in chosen.items() if n not in shared and t.refuse(sites[n]) is None}
         # a stock class has one rank for all layers
         return settled(found.sites, fit, open_shares(found.sites, fit)) if self.how == "stock" else fit
 
-    def barred(self, program: Program, found: Found) -> Mapping[str, str]:
-        """Site -> why this target must leave it alone, where that is not for the site itself to say."""
-        latent = {} if self.target is None else uncached(program, found, self.target)
-        return {**latent, **barred(found)}
+    def assigned(self, program: Program, found: Found) -> dict[str, Target]:
+        """The target of every chosen site."""
+        if self.target is None:
+            return {}
+        return suited(assign(found, self.target, self.only, self.skip), uncached(program, found))
 
     def pairs(self, program: Program, found: Found) -> dict[str, tuple[Site, Site]]:
         """Every site that can have the target, and its new shape."""
@@ -215,9 +213,9 @@ class _Step:
         label = self.opened.folder if self.opened is not None and self.opened.folder is not None else model
         if not found.sites:
             raise no_attention(describe(label, program.module), len(program.static.graph.nodes), found)
-        chosen = assign(found, self.target, self.only, self.skip) if self.target is not None else {}
+        chosen = self.assigned(program, found)
         spelled = (spell(self.target),) if self.target is not None else ()
-        why = self.barred(program, found)
+        why = barred(found)
         sizes = words(found.sites, {n: t for n, t in chosen.items() if n not in why}, alike=self.how == "stock")
         return make_plan(label, program, found, chosen, spelled=spelled, barred=why, context=context, sizes=sizes)
 

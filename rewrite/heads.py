@@ -85,15 +85,46 @@ class Latents:
 
 
 @dataclass(frozen=True, eq=False)
+class Factor:
+    """A projection as a product: weight (heads * dim, inputs) = up @ down. Float64."""
+
+    up: Tensor
+    """(heads * dim, rank), head after head"""
+    down: Tensor
+    """(rank, inputs)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Projections of keys and values through few numbers, where nothing is cached; None is one that stays as it is.
+    The weights beside them are the very same numbers at full width."""
+
+    k: Factor | None
+    v: Factor | None
+
+    @property
+    def shared(self) -> bool:
+        """Keys and values come from the same numbers."""
+        return self.k is not None and self.v is not None and self.k.down is self.v.down
+
+    @property
+    def ranks(self) -> tuple[int | None, ...]:
+        """How many numbers, as in `rewrite.site.Factored`."""
+        ranks = tuple(None if part is None else part.down.shape[0] for part in (self.k, self.v))
+        return ranks[:1] if self.shared else ranks
+
+
+@dataclass(frozen=True, eq=False)
 class Rewritten:
     """What a target makes of a site. `site` is the new one; query head j of `weights` is head `order[j]` of the
     source. Where `order` is the identity `kv_of` may be any map; else heads are permuted so that it is j // group.
 
     With `latents` the site's q, k and v are the source's (they say what y is) and of `weights` only `out` and
-    `out_bias` are new."""
+    `out_bias` are new. A `site` that is the source's own says that nothing changed, and `notes` why."""
 
     site: Site
     weights: Weights
     order: tuple[int, ...]
     notes: tuple[str, ...] = ()
     latents: Latents | None = None
+    factors: Factors | None = None

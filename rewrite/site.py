@@ -217,7 +217,17 @@ class Latent:
         return 1
 
 
-Form = Dense | Grouped | Latent
+@dataclass(frozen=True)
+class Factored:
+    """Nothing is cached, and keys and values are projected through few numbers of a token (see
+    `rewrite.heads.Factors`): `ranks` is how many, one number for both, or that of keys and that of values; None is a
+    projection that stays as it is."""
+
+    kv_heads: int
+    ranks: tuple[int | None, ...]
+
+
+Form = Dense | Grouped | Latent | Factored
 
 
 @dataclass(frozen=True)

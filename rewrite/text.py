@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rewrite.site import Affine, Bias, Latent, Mod, Norm, Operand, Output, Rope, Site, Softcap
+from rewrite.site import Affine, Bias, Factored, Latent, Mod, Norm, Operand, Output, Rope, Site, Softcap
 
 NUMBER = re.compile(r"\d+")
 
@@ -101,6 +101,9 @@ def _kv_of(site: Site) -> list[str]:
 
 def _held(site: Site) -> list[str]:
     """What the cache holds of a token."""
+    if isinstance(site.form, Factored):
+        ranks = "/".join("dense" if r is None else str(r) for r in site.form.ranks)
+        return [f"kv_heads={site.kv_heads}", f"ranks={ranks}"]
     if not isinstance(site.form, Latent):
         return [f"kv_heads={site.kv_heads}"]
     turned = [f"rope_dim={site.form.rope_dim}"] if site.form.rope_dim else []

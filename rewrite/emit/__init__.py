@@ -4,6 +4,7 @@ stock     the model's own class with another number of kv heads in its config; a
 grouped   the site's own module and forward; cache and attention kernel hold one head a group
 view      the same, but the module reads all heads back from the cache: less memory, no less time
 latent    the site's own module and forward; the cache holds one vector a token, from which its kernel reads
+factored  where nothing is cached: the projections of keys and values go through few numbers a token
 deepseek  the same latents as an all-dense DeepSeek-V3 model, which engines load
 """
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from rewrite.emit import runtime
 from rewrite.emit.choose import Changes, Emitted, padded, unfit
 from rewrite.emit.edits import edited
+from rewrite.emit.factored import Proven, like
 from rewrite.emit.files import dress
 from rewrite.emit.observe import Log, Table, observe
 from rewrite.emit.twin import as_before, in_float, put, table, twin
@@ -31,10 +32,13 @@ from rewrite.site import FloatArray, Rope, Site
 Recipe = dict[str, Any]
 
 
-def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]) -> Emitted:
+def emit_latent(
+    model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any], beside: Proven | None = None
+) -> Emitted:
     """A new model whose rewritten sites cache their latents; `model` is not written to.
 
-    `changes` is site name -> (source site, rewritten with latents), `inputs` keyword arguments of one forward.
+    `changes` is site name -> (source site, rewritten with latents), `inputs` keyword arguments of one forward, `beside`
+    the model's sites that cache nothing.
     """
     source, inputs = in_float(model), padded(inputs)
     logs = observe(source, [site for site, _ in changes.values()], inputs)
@@ -50,7 +54,7 @@ def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
     kept = {n: c for n, c in changes.items() if n not in refused}
     if not kept:
         return Emitted(model, {}, {n: (r,) for n, r in refused.items()}, refused)
-    made = _shipped(source, kept, logs)
+    made = _shipped(source, kept, logs, beside)
     held = {log.layer: new.latents for site, new in kept.values() if (log := logs[owner(site)]).layer is not None}
     # a class that does not read its own cache as it wrote it says nothing about the latents
     steady = inconsistent(source, inputs) is None
@@ -60,7 +64,11 @@ def emit_latent(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
     if problem is not None:
         raise RuntimeError(f"the model with its latents does not read them as it wrote them: {problem}")
     as_before(made, model)
-    return Emitted(made, dict.fromkeys(kept, "latent"), {n: _stays(site) for n, (site, _) in kept.items()}, refused)
+    forms, why = dict.fromkeys(kept, "latent"), {n: _stays(site) for n, (site, _) in kept.items()}
+    if beside is None:
+        return Emitted(made, forms, why, refused)
+    like(made, model, beside)
+    return Emitted(made, forms | dict.fromkeys(beside.recipes, "factored"), why, {**refused, **beside.refused})
 
 
 def forecast_latent(model: PreTrainedModel, sites: Mapping[str, Site]) -> dict[str, tuple[str, str]]:
@@ -239,14 +247,19 @@ def _built(source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log]) -
     return made
 
 
-def _shipped(source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log]) -> PreTrainedModel:
+def _shipped(
+    source: PreTrainedModel, changes: Changes, logs: Mapping[str, Log], beside: Proven | None
+) -> PreTrainedModel:
     """A model of its own, made by the generated file's text."""
-    tensors, edits = table(source), dict[str, Tensor]()
+    tensors, edits = table(source), dict[str, Tensor]() if beside is None else dict(beside.edits)
     for site, new in changes.values():
         edits |= edited(site, new, tensors.__getitem__)
     made, recipes = twin(source, edits, share=False), _recipes(source, changes, logs)
-    dress(made, recipes)
+    others = [] if beside is None else [*beside.recipes.values()]
+    dress(made, {**recipes, "sites": [*recipes["sites"], *others]})
     _fill(made, changes, recipes)
+    if beside is not None:
+        beside.install(made)
     return made
 
 

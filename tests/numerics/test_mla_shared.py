@@ -11,6 +11,7 @@ from torch import Tensor
 
 import passes.mla_absorb as absorb_module
 from codegen.latent import attention
+from passes.factor import LowRank
 from passes.mla import MLA
 from passes.mla_absorb import Absorber, Setting
 from passes.mla_basis import back, basis, of_tokens
@@ -167,3 +168,9 @@ def test_an_ordinary_site_shares_nothing_and_keys_are_never_written() -> None:
     edits = expanded(site, replace(weights, out=2 * weights.out), site.kv_of, tensors.__getitem__)
     assert set(edits) == {"q.weight", "o.weight"}
     assert torch.equal(edits["o.weight"], 2 * tensors["o.weight"])
+
+
+def test_projections_of_low_rank_are_not_made_low_rank() -> None:
+    site, _ = shared_site()
+    assert "8 and 4 shared numbers" in str(LowRank(MLA(cache=0.5)).refuse(site))
+    assert LowRank(MLA(rank=3)).refuse(make_site(kv_heads=4)[0]) is None
