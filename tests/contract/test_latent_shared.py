@@ -168,7 +168,7 @@ EASY = 1
 
 
 def test_a_total_goes_where_it_is_missed() -> None:
-    config = DeepseekV3Config(**{**TEXT, **SIZES, "num_hidden_layers": 3, "first_k_dense_replace": 3})
+    config = DeepseekV3Config(**{**TEXT, **SIZES, "first_k_dense_replace": 2})
     torch.manual_seed(0)
     source: Any = settled(DeepseekV3ForCausalLM(config))
     with torch.no_grad():
@@ -178,11 +178,11 @@ def test_a_total_goes_where_it_is_missed() -> None:
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
         weight.copy_((u[:, :2] * s[:2]) @ v[:2])
     rows = torch.randint(1, 128, (24, 24), generator=torch.Generator().manual_seed(1))
-    done = convert(source, MLA(cache=0.5, polish=1), calibration=rows, length=24, check=False)
+    done = convert(source, MLA(cache=0.5, polish=0), calibration=rows, length=24, check=False)
     ranks = [row.cache_after for row in done.rewrite_report.sites]
-    assert sum(ranks) == 60
-    assert ranks[EASY] < 15
+    assert sum(ranks) == 40
+    assert ranks[EASY] < 15 < 25 < ranks[0]
     out = done.generate(rows[:2, :8], do_sample=False, max_new_tokens=5, pad_token_id=0, return_dict_in_generate=True)
-    assert cache_bytes(out.past_key_values) == 60 * 12 * 2 * 4
+    assert cache_bytes(out.past_key_values) == 40 * 12 * 2 * 4
     again = done(out.sequences[:, :-1], use_cache=False).logits[:, 7:].argmax(-1)
     assert torch.equal(out.sequences[:, 8:], again)
