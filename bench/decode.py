@@ -1,4 +1,4 @@
-"""Time of one decoded token, in the attention of one layer: `python -m bench.decode` writes docs/decode.md.
+"""Time and memory of one decoded token, in the attention of one layer: `python -m bench.decode` writes docs/decode.md.
 
 The same model four times: as it is, with a latent read absorbed, with a latent whose keys are rebuilt, and as the dense
 DeepSeek-V3 class, whose library code expands keys and values of all tokens at every step. Random weights; every form
@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from bench.memory import added, give_back
 from passes.convert import named_tensors
 from passes.find import find
 from rewrite.capture import capture
@@ -98,8 +99,16 @@ def forms(model: PreTrainedModel, rank: int, rope_dim: int) -> dict[str, PreTrai
     return made
 
 
-def step(model: PreTrainedModel, context: int) -> Callable[[], float]:
-    """A function that decodes one token of the layer's attention at a context, and gives the seconds it took."""
+@dataclass(frozen=True)
+class Step:
+    """One token decoded in the layer's attention: `once` does it and gives its seconds; `held` bytes of cache."""
+
+    once: Callable[[], float]
+    held: int
+
+
+def step(model: PreTrainedModel, context: int) -> Step:
+    """A decoding step at a context."""
     attention: Any = model.model.layers[0].self_attn
     seconds: list[float] = []
     start = [0.0]
@@ -111,6 +120,7 @@ def step(model: PreTrainedModel, context: int) -> Callable[[], float]:
         for name in ("keys", "values"):
             held = getattr(layer, name)
             setattr(layer, name, held[:, :, :1].expand(-1, -1, context, -1).contiguous())
+    size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     before.remove()
     after.remove()
 
@@ -126,41 +136,72 @@ def step(model: PreTrainedModel, context: int) -> Callable[[], float]:
         cache.crop(-1)
         return seconds[-1]
 
-    return once
+    return Step(once, size)
 
 
-def measured(models: Mapping[str, PreTrainedModel], context: int, rounds: int) -> dict[str, float]:
-    """Median seconds of one step by form."""
+@dataclass(frozen=True)
+class Measured:
+    """A form at a context: median seconds of a step, and bytes of its cache with the most that a step adds to them."""
+
+    seconds: float
+    bytes: int
+
+
+def timed(models: Mapping[str, PreTrainedModel], context: int, rounds: int) -> dict[str, float]:
+    """Median seconds of one step by form, all forms in turn."""
     steps = {name: step(model, context) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
-        for name, once in steps.items():
-            took = once()
+        for name, one in steps.items():
+            took = one.once()
             times[name] += [took] if turn else []
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def page(found: Mapping[tuple[str, int], Mapping[str, float]], rank: int, rope_dim: int) -> str:
+def weighed(models: Mapping[str, PreTrainedModel], context: int) -> dict[str, int]:
+    """Bytes of one step by form, the cache included."""
+    found: dict[str, int] = {}
+    for name, model in models.items():
+        one = step(model, context)
+        found[name] = one.held + added(one.once)
+    return found
+
+
+def page(found: Mapping[tuple[str, int], Mapping[str, Measured]], rank: int, rope_dim: int) -> str:
     """The text of docs/decode.md."""
     lines = [
         "# One decoded token",
         "",
-        "Written by `python -m bench.decode`. Time in the attention module of one layer, one token of one sequence,",
+        "Written by `python -m bench.decode`. The attention module of one layer, one token of one sequence,",
         f"float32, one thread; latents of {rank} + {rope_dim} numbers. Ratios are to the original in the same run.",
         f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}.",
         "",
+        *_table(found, lambda m: m.seconds * 1e3, "ms"),
+        "",
+        "Memory of the same step: the cache, and the most that the process holds beyond it while the token is decoded",
+        "(the library's dynamic cache is copied when a token is added; rebuilt keys are held a chunk at a time).",
+        "",
+        *_table(found, lambda m: m.bytes / 1e6, "MB"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(
+    found: Mapping[tuple[str, int], Mapping[str, Measured]], value: Callable[[Measured], float], unit: str
+) -> list[str]:
+    lines = [
         "| model | context | " + " | ".join((ORIGINAL, ABSORBED, REBUILT, EXPANDED)) + " |",
         "|---|---|---|---|---|---|",
     ]
-    for (name, context), times in found.items():
-        base = times[ORIGINAL]
-        cells = [f"{base * 1e3:.1f} ms"]
+    for (name, context), of in found.items():
+        base = value(of[ORIGINAL])
+        cells = [f"{base:.1f} {unit}"]
         cells += [
-            f"{times[f] * 1e3:.1f} ms, {times[f] / base:.2f}" if f in times else "–"
+            f"{value(of[f]):.1f} {unit}, {value(of[f]) / base:.2f}" if f in of else "–"
             for f in (ABSORBED, REBUILT, EXPANDED)
         ]
         lines.append(f"| {name} | {context:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -172,11 +213,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[tuple[str, int], dict[str, float]] = {}
-    for kv_heads in (32, 8):
-        models = forms(source(32, kv_heads, 128), args.rank, args.rope_dim)
-        for context in CONTEXTS:
-            found[f"32 heads x 128, {kv_heads} kv heads", context] = measured(models, context, args.rounds)
+    models = {n: forms(source(32, n, 128), args.rank, args.rope_dim) for n in (32, 8)}
+    times = {(n, c): timed(of, c, args.rounds) for n, of in models.items() for c in CONTEXTS}
+    give_back()
+    bytes_ = {(n, c): weighed(of, c) for n, of in models.items() for c in CONTEXTS}
+    found = {
+        (f"32 heads x 128, {n} kv heads", c): {f: Measured(times[n, c][f], bytes_[n, c][f]) for f in times[n, c]}
+        for n, c in times
+    }
     made = page(found, args.rank, args.rope_dim)
     print(made)
     if args.write:

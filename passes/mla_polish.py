@@ -1,8 +1,6 @@
 """Damped Gauss-Newton on the true error of the attention's output: the last word on a latent's maps.
 
-The unknowns are all maps of the latent; the output projection is solved in closed form for each of them. Steps are
-Levenberg-Marquardt: conjugate gradients on the linearised attention, kept only where the error falls; the result is
-kept only where it falls on tokens that did not fit.
+The unknowns are all maps of the latent.
 """
 
 from __future__ import annotations
@@ -15,20 +13,16 @@ from torch import Tensor
 
 from codegen.eager import rotated
 from codegen.latent import rotation
+from passes.gauss_newton import INNER, Problem
 from passes.mla_scene import REAL, Scene
 from passes.polish_scene import capped
-from passes.refit import RIDGES, Sums, flat, head_rows, kept_sums, shaped, solved
+from passes.refit import flat, shaped
 from rewrite.heads import Latents, Weights
 
-INNER = 8
-"""Conjugate gradients a step; each costs about three forward passes of the attention."""
-DAMPING = 1e-2
 NEGLIGIBLE = 1e-5
 """Relative error of the output that no step is worth taking against."""
 ENOUGH = 4
 """So many equations per unknown are needed: outputs times tokens that fit."""
-SETTLED = 0.02
-"""A step that changes the error by less than this part is the last."""
 RIDGE = 1e-6
 WORK = 4e12
 """Floating point operations that a polish may take."""
@@ -103,17 +97,7 @@ def _root(gram: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Point:
-    """Maps with their output projection (outputs, h*dv [+ 1]) and the relative errors."""
-
-    maps: Maps
-    out: Tensor
-    fits: float
-    judges: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Linear:
+class Linear:
     """One scene's attention at a point."""
 
     scene: Scene
@@ -150,91 +134,20 @@ def work(stage: Sequence[Scene], latents: Latents, steps: int, tokens: int, ever
 def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: int) -> Polished:
     """The latent and the output projection with less error on unseen tokens, or as they were."""
     white, stage = whitened(stage)
-    problem = _Problem(stage, latents, weights.out_bias is not None)
-    maps, out = white.enter(latents), flat(weights)
-    start = problem.at(maps, out)
-    if start.judges < NEGLIGIBLE or problem.equations < ENOUGH * sum(m.numel() for m in maps.parts):
-        return Polished(latents, weights, start.judges)
-    now = problem.solve(maps, out)
-    damping = DAMPING
-    for _ in range(steps):
-        trial = problem.solve(now.maps.plus(problem.step(now, damping)), out)
-        gain, worse = 1 - trial.judges / max(now.judges, 1e-300), damping * 16
-        now, damping = (trial, damping / 4) if gain > 0 else (now, worse)
-        if abs(gain) < SETTLED:
-            break
-    if not now.judges < start.judges:
+    problem = Problem(stage, Absorbed(latents.frequencies), weights.out_bias is not None)
+    start, now = problem.descend(white.enter(latents), flat(weights), steps, negligible=NEGLIGIBLE, enough=ENOUGH)
+    if now is start:
         return Polished(latents, weights, start.judges)
     return Polished(white.leave(now.maps, latents), shaped(weights, now.out), now.judges)
 
 
 @dataclass(frozen=True, eq=False)
-class _Problem:
-    stage: Sequence[Scene]
-    like: Latents
-    biased: bool
+class Absorbed:
+    """The attention as a function of its maps."""
 
-    @property
-    def equations(self) -> float:
-        """Outputs of all tokens that fit."""
-        return sum(float(s.fits.sum()) * s.out.shape[-1] for s in self.stage)
+    frequencies: Tensor
 
-    def at(self, maps: Maps, out: Tensor) -> _Point:
-        """The errors of some maps with an output projection."""
-        fit, judge = self._sums(maps)
-        return _Point(maps, out, fit.error(out), (judge if judge.yy > 0 else fit).error(out))
-
-    def solve(self, maps: Maps, out: Tensor) -> _Point:
-        """The best output projection for some maps, and its errors; unseen tokens choose the ridge, or none."""
-        fit, judge = self._sums(maps)
-        judge = judge if judge.yy > 0 else fit
-        best = min([out, *(solved(out, fit, ridge) for ridge in RIDGES)], key=judge.error)
-        return _Point(maps, best, fit.error(best), judge.error(best))
-
-    def _sums(self, maps: Maps) -> tuple[Sums, Sums]:
-        sums: list[Sums] = []
-        for scene in self.stage:
-            z = head_rows(self.run(scene, maps).z, self.biased)
-            terms = [kept_sums(z, scene.out, keep) for keep in (scene.fits, scene.judges)]
-            sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
-        return sums[0], sums[1]
-
-    def step(self, at: _Point, damping: float) -> Maps:
-        """(JᵀJ + λ)δ = -Jᵀr by conjugate gradients; λ relative to the curvature along the gradient."""
-        lines = [self.run(scene, at.maps) for scene in self.stage]
-        h = at.maps.parts[2].shape[0]
-        out = at.out[:, : at.out.shape[1] - self.biased].unflatten(1, (h, -1)).to(REAL)
-        x, r = at.maps.plus(at.maps, -1.0), self._downhill(lines, at, out)
-        p, size = r, r.dot(r)
-        damp: float | None = None
-        for _ in range(INNER):
-            if size <= 0:
-                break
-            bent = self._curve(lines, at.maps, p, out)
-            damp = damping * p.dot(bent) / p.dot(p) if damp is None else damp
-            bent = bent.plus(p, damp)
-            length = size / p.dot(bent)
-            x, r = x.plus(p, length), r.plus(bent, -length)
-            old, size = size, r.dot(r)
-            p = r.plus(p, size / old)
-        return x
-
-    def _downhill(self, lines: Sequence[_Linear], at: _Point, out: Tensor) -> Maps:
-        total = at.maps.plus(at.maps, -1.0)
-        for line in lines:
-            made = (head_rows(line.z, self.biased) @ at.out.T).reshape(line.scene.out.shape)
-            wrong = (line.scene.out - made) * line.scene.fits[..., None]
-            total = total.plus(self.pull(line, at.maps, torch.einsum("bto,ohv->bhtv", wrong.to(REAL), out)))
-        return total
-
-    def _curve(self, lines: Sequence[_Linear], maps: Maps, step: Maps, out: Tensor) -> Maps:
-        total = maps.plus(maps, -1.0)
-        for line in lines:
-            change = torch.einsum("bhtv,ohv->bto", self.push(line, maps, step), out) * line.scene.fits[..., None]
-            total = total.plus(self.pull(line, maps, torch.einsum("bto,ohv->bhtv", change.to(REAL), out)))
-        return total
-
-    def run(self, scene: Scene, maps: Maps) -> _Linear:
+    def run(self, scene: Scene, maps: Maps) -> Linear:
         """The attention with some maps."""
         down, turn, read, query_turn, up_v = maps.parts
         c = scene.y @ down.T
@@ -248,9 +161,9 @@ class _Problem:
             p = torch.cat([logits, scene.sink], -1).softmax(-1)[..., :-1]
         else:
             p = torch.nan_to_num(logits.softmax(-1))
-        return _Linear(scene, c, r, m, v, p, p * (slope * scene.scale), p @ v)
+        return Linear(scene, c, r, m, v, p, p * (slope * scene.scale), p @ v)
 
-    def push(self, line: _Linear, maps: Maps, step: Maps) -> Tensor:
+    def push(self, line: Linear, maps: Maps, step: Maps) -> Tensor:
         """Change of the heads' outputs, (b, h, t, dv)."""
         scene = line.scene
         down, turn, read, query_turn, up_v = step.parts
@@ -262,9 +175,9 @@ class _Problem:
         # Σ p·change is what the normaliser takes back; (p·change) v - z Σ p·change saves one pass over all scores
         return change @ line.v - line.z * change.sum(-1, keepdim=True) + line.p @ dv
 
-    def pull(self, line: _Linear, maps: Maps, gz: Tensor) -> Maps:
+    def pull(self, line: Linear, maps: Maps, slope: Tensor) -> Maps:
         """Transpose of `push`: slopes (b, h, t, dv) of the heads' outputs to slopes of the maps."""
-        scene = line.scene
+        scene, gz = line.scene, slope
         gs = (gz @ line.v.mT - (gz * line.z).sum(-1, keepdim=True)) * line.steep
         gk, gv = gs.mT @ scene.q, line.p.mT @ gz
         gr = self._turned((gs.mT @ line.m).sum(1), scene.keys_at, back=True)
@@ -282,4 +195,4 @@ class _Problem:
 
     def _turned(self, x: Tensor, at: Tensor, back: bool = False) -> Tensor:
         """(..., tokens, p) turned; `back` the other way."""
-        return rotated(rotation(-self.like.frequencies if back else self.like.frequencies), x, at)
+        return rotated(rotation(-self.frequencies if back else self.frequencies), x, at)

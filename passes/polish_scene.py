@@ -38,7 +38,7 @@ class Scene:
     """(b, h, t, s) mask and biases of the scores; -inf where nothing is seen"""
     sink: Tensor | None
     """(b, h, t, 1) the logit of what attention leaves out"""
-    y: Tensor
+    out: Tensor
     """(b, t, outputs) of the original"""
     at: Tensor
     """(t,) positions of the queries"""
@@ -177,7 +177,7 @@ def _scene(batch: SiteBatch, take: int, parts: Parts, white: Whitening, source: 
         vs,
         added=added.masked_fill(p <= 0, -torch.inf)[:, order].to(REAL),
         sink=None if left is None else left[:, order].to(REAL),
-        y=y if source.out_bias is None else y + source.out_bias,
+        out=y if source.out_bias is None else y + source.out_bias,
         at=at.double(),
         kv_of=parts.order.kv_of,
         scale=scale[order].to(REAL),

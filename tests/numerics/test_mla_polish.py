@@ -12,7 +12,7 @@ import passes.mla_polish as polish_module
 import passes.mla_scene as scene_module
 from passes.mla_absorb import Absorber, Setting
 from passes.mla_influence import influence
-from passes.mla_polish import Maps, polish, whitened
+from passes.mla_polish import Absorbed, Maps, polish, whitened
 from passes.mla_scene import Scene, error, scenes
 from passes.mla_source import known
 from rewrite.heads import Latents, Weights
@@ -49,7 +49,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_push_is_the_derivative_and_pull_its_transpose(rope: bool, cap: bool, bias: bool) -> None:
     _, _, _, latents, stage = prepared(rope, cap, bias)
     white, changed = whitened(stage)
-    problem, maps = polish_module._Problem(changed, latents, True), white.enter(latents)
+    problem, maps = Absorbed(latents.frequencies), white.enter(latents)
     generator = torch.Generator().manual_seed(5)
     step = Maps(tuple(torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in maps.parts))
     line = problem.run(changed[0], maps)

@@ -13,7 +13,7 @@ from passes.gqa_build import Parts, build, order_of
 from passes.gqa_keys import merge_keys
 from passes.gqa_source import facts
 from passes.gqa_values import merge_values
-from passes.polish import polish
+from passes.polish import Merged, polish
 from passes.polish_scene import Maps, scenes, turned, whiten
 from passes.refit import measure, refit, refitted_error
 from rewrite.heads import Weights
@@ -54,7 +54,6 @@ def staged(norm: Norm | None, bias: bool = False):
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scene_module, "REAL", torch.float64)
-    monkeypatch.setattr(polish_module, "REAL", torch.float64)
 
 
 @pytest.mark.usefixtures("double")
@@ -62,7 +61,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_scene_is_the_attention_of_the_weights(norm: Norm | None, bias: bool) -> None:
     w, stats, parts, white, scene = staged(norm, bias)
-    ours = polish_module._run(scene, white.enter(parts), parts.gains).z
+    ours = Merged(parts.gains).run(scene, white.enter(parts)).z
     order = list(parts.order.query)
     added = None if stats.bias is None else stats.bias[order]
     theirs = heads_out(stats.site, parts.weights(w), parts.order.kv_of, stats.inputs[0], added)
@@ -77,16 +76,13 @@ def test_push_is_the_derivative_and_pull_its_transpose(norm: Norm | None) -> Non
     maps = white.enter(parts)
     generator = torch.Generator().manual_seed(5)
     step = Maps(*(torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in maps.parts))
-    line = polish_module._run(scene, maps, parts.gains)
-    pushed = polish_module._push(line, step, parts.gains)
-    ends = [polish_module._run(scene, maps.plus(step, h), parts.gains).z for h in (1e-5, -1e-5)]
+    attention = Merged(parts.gains)
+    line = attention.run(scene, maps)
+    pushed = attention.push(line, maps, step)
+    ends = [attention.run(scene, maps.plus(step, h)).z for h in (1e-5, -1e-5)]
     assert torch.allclose((ends[0] - ends[1]) / 2e-5, pushed, rtol=1e-4, atol=1e-5 * float(pushed.abs().max()))
-    wrong = torch.randn(scene.y.shape, generator=generator, dtype=torch.float64)
-    out = parts.out
-    pulled = polish_module._pull(line, wrong, out, parts.gains)
-    assert pulled.dot(step) == pytest.approx(
-        float((torch.einsum("bhtd,ohd->bto", pushed, out) * wrong).sum()), rel=1e-9
-    )
+    slope = torch.randn(pushed.shape, generator=generator, dtype=torch.float64)
+    assert attention.pull(line, maps, slope).dot(step) == pytest.approx(float((pushed * slope).sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("norm", KINDS)
