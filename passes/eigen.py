@@ -6,7 +6,7 @@ take ten times as long where a core is shared. One thread also gives the same bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ TINY = 1e-300
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None, None, None]:
     """What is computed inside is computed on one thread."""
     threads = torch.get_num_threads()
     if threads == 1:

@@ -24,7 +24,7 @@ ROWS = 2
 """Queries for each unknown of an output, at the least, of the refit."""
 MOMENTS = 1 << 37
 """Multiplications that the moments of a refit may take where that is more."""
-SPARSE = 4
+SPARSE = 2
 """Tokens that are read for each query of a refit, at the most."""
 TRIAL_TOKENS = 4096
 """Calibration tokens on which settings are measured."""
@@ -92,17 +92,26 @@ def scenes(
         tokens += take * batch.q.shape[2]
         held = max(1, SCORES // (batch.q.shape[1] * batch.q.shape[2] * batch.k.shape[2]))
         for first in range(0, take, held):
-            yield _scene(batch, slice(first, min(first + held, take)), source, every, seen, most)
+            windows = slice(first, min(first + held, take))
+            for at in _queries(batch, windows.stop - windows.start, every, most):
+                yield _scene(batch, windows, at, source, seen)
         seen += take
         if limit is not None and tokens >= limit:
             return
 
 
-def _scene(batch: SiteBatch, windows: slice, source: Weights, every: int, before: int, most: int) -> Scene:
-    """Some windows; where one alone has more scores than `SCORES`, fewer of its queries."""
-    count, (_, heads, t, _), s = windows.stop - windows.start, batch.q.shape, batch.k.shape[2]
-    scores = heads * t * s
-    at = torch.arange(0, t, max(every, -(-count * scores // SCORES), -(-scores // most)))
+def _queries(batch: SiteBatch, windows: int, every: int, most: int) -> Iterator[Tensor]:
+    """Queries that are looked at, those of one scene at a time: one holds no more scores than `SCORES`."""
+    (_, heads, t, _), s = batch.q.shape, batch.k.shape[2]
+    at = torch.arange(0, t, max(every, -(-heads * t * s // most)))
+    parts = max(1, round(windows * heads * len(at) * s / SCORES))
+    for i in range(parts):
+        yield at[i::parts]
+
+
+def _scene(batch: SiteBatch, windows: slice, at: Tensor, source: Weights, before: int) -> Scene:
+    """Some windows and some of their queries."""
+    count, t = windows.stop - windows.start, batch.q.shape[2]
     seen = trial(batch, windows, at, REAL)
     out = torch.einsum("bhtd,ohd->bto", seen.original(), source.out.to(REAL))
     y = features(seen.k, seen.v)
@@ -136,9 +145,8 @@ def stage_of(stats: Stats, source: Weights) -> list[Scene]:
 
 def refit_scenes(stats: Stats, source: Weights, site: Site) -> Iterator[Scene]:
     """The scenes on which the output projection is refitted."""
-    # windows are taken whole, so that a limit is met to within a third
-    limit = SPARSE * _rows(site) * 3 // 2
-    return scenes(stats, source, limit, every=min(SPARSE, refit_every(site, stats.tokens)))
+    every = min(SPARSE, refit_every(site, stats.tokens))
+    return scenes(stats, source, SPARSE * _rows(site), every, most=1 << 62)
 
 
 def refit_every(site: Site, tokens: int) -> int:

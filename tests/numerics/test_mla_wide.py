@@ -204,3 +204,24 @@ def test_eigenvectors_leave_the_number_of_threads_as_it_was() -> None:
     root, back = rooted(gram[None])
     assert torch.allclose(root[0] @ root[0], gram, atol=1e-8)
     assert torch.allclose(root[0] @ back[0], torch.eye(30, dtype=torch.float64), atol=1e-6)
+
+
+def test_a_refit_of_long_windows_sees_its_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    site, w, stats = prepared()
+    whole = [*refit_scenes(stats, w, site)]
+    monkeypatch.setattr(scene_module, "SCORES", 4 * 24 * 12)
+    parts = [*refit_scenes(stats, w, site)]
+    assert all(s.p.numel() <= 4 * 24 * 12 for s in parts)
+    assert sum(int(s.keep.sum()) for s in parts) == stats.tokens
+    energy = [sum(float(s.out.square().sum()) for s in some) for some in (parts, whole)]
+    assert energy[0] == pytest.approx(energy[1], rel=1e-5)
+
+
+def test_single_precision_attention_of_long_windows_is_that_of_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 5, 4, generator=make) for _ in range(3))
+    exact = sdpa_probabilities(q, k, v, is_causal=True)
+    monkeypatch.setattr("passes.calibrate.SINGLE", 1)
+    single = sdpa_probabilities(q, k, v, is_causal=True)
+    assert single.dtype == torch.float64
+    assert 0 < float((single - exact).abs().max()) < 1e-6
