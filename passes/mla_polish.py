@@ -13,6 +13,7 @@ from torch import Tensor
 
 from codegen.eager import rotated
 from codegen.latent import rotation
+from passes.eigen import eigh
 from passes.gauss_newton import INNER, Problem
 from passes.mla_scene import REAL, Scene
 from passes.moments import SCORES
