@@ -53,7 +53,11 @@ def scores(latents: Latents, site: Site, q: Tensor, y: Tensor, at: Tensor, q_at:
     else:
         still = torch.einsum("bhtd,hrd->bhtr", q, read) @ c[:, None].transpose(-1, -2)
     moving = torch.einsum("bhtd,hpd->bhtp", q, latents.query_turn.to(q))
-    return still + rotated(rotation(latents.frequencies), moving, q_at) @ r[:, None].transpose(-1, -2)
+    moving = rotated(rotation(latents.frequencies), moving, q_at)
+    if moving.numel() * y.shape[1] > EXPANDED:
+        # heads as rows: the cached channels are not copied for each
+        return still + (moving.flatten(1, 2) @ r.mT).unflatten(1, q.shape[1:3])
+    return still + moving @ r[:, None].transpose(-1, -2)
 
 
 def outputs(latents: Latents, p: Tensor, y: Tensor) -> Tensor:
