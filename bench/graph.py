@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from bench.quality import CONTEXT, held_out, perplexity
-from codegen.latent import attention, features
+from codegen.latent import attention
 from passes import Target
 from passes.calibrate import Stream
 from passes.convert import Change, convert_sites, named_tensors
 from passes.find import Found, find
+from passes.mla_basis import of_tokens
 from passes.moments import SiteBatch
 from passes.region import Machine, Slice, slice_of, twins
 from passes.trial import heads_outputs, uniform
@@ -135,7 +136,7 @@ def _direct(latents: Latents, batch: SiteBatch, length: int) -> Tensor:
     added = torch.zeros(length, length).masked_fill(~seen, -torch.inf)
     q = apart(batch.q) * uniform(site.q.after) * uniform(site.k.after)
     k = batch.k if latents.key_norm is None else batch.raw_k
-    z = attention(latents, site, q, features(apart(k), apart(batch.v)), added=added)
+    z = attention(latents, site, q, of_tokens(apart(k), apart(batch.v), batch.back), added=added)
     return z.transpose(1, 2).flatten(0, 1)
 
 

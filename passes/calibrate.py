@@ -19,12 +19,14 @@ from torch.fx.node import map_arg
 
 from codegen.eager import operand
 from passes import Weights
+from passes.mla_basis import back, basis
 from passes.moments import NEEDS, SiteBatch
 from passes.region import Env, Machine, Slice, entered, entering, projected, run_slice
 from passes.trial import heads_outputs
 from rewrite.errors import BadUsage
 from rewrite.heads import Latents
 from rewrite.layout import expanded, gather
+from rewrite.shared import shared
 from rewrite.site import Site, Tensors
 
 Batch = Mapping[str, Tensor]
@@ -214,7 +216,8 @@ def site_batch(
     def some(windows: slice, at: Tensor | None) -> Tensor:
         return _probabilities(machine, part, local, env, windows, at)
 
-    return SiteBatch(site, u, values["q"], values["k"], values["v"], lambda: some(ALL, None), keep, some)
+    inverse = back(basis(site, gather(site, tensors))) if shared(site) is not None else None
+    return SiteBatch(site, u, values["q"], values["k"], values["v"], lambda: some(ALL, None), keep, some, inverse)
 
 
 def _probabilities(

@@ -78,7 +78,8 @@ def _latent(model: PreTrainedModel, pairs: Changes, program: Program, how: How) 
         return stock
     if how == "stock":
         return Emitted(model, {}, {}, dict.fromkeys(pairs, f"stock: {stock}"))
-    return Emitted(own.model, own.forms, {n: (f"stock: {stock}",) for n in own.forms}, own.refused)
+    why = {n: (f"stock: {stock}", *own.why.get(n, ())) for n in own.forms}
+    return Emitted(own.model, own.forms, why, own.refused)
 
 
 def _stock(model: PreTrainedModel, pairs: Changes, program: Program, own: Emitted, how: How) -> Emitted | str:
@@ -105,7 +106,7 @@ def forecast(module: nn.Module, pairs: Mapping[str, tuple[Site, Site]]) -> dict[
     """Which form each site will get, as far as shapes tell, and why not an earlier one."""
     if not isinstance(module, PreTrainedModel):
         return dict.fromkeys(pairs, ("graph", ""))
-    latent = [n for n, (_, new) in pairs.items() if isinstance(new.form, Latent)]
+    latent = {n: old for n, (old, new) in pairs.items() if isinstance(new.form, Latent)}
     factored = [n for n, (_, new) in pairs.items() if isinstance(new.form, Factored)]
     heads = {n: pair for n, pair in pairs.items() if n not in (*latent, *factored)}
     made = forecast_heads(module, heads) | forecast_latent(module, latent)

@@ -21,6 +21,7 @@ from passes.mla_scene import TRIAL_TOKENS, scenes
 from passes.mla_search import ALONE
 from passes.refit import measure, output_error, refit
 from rewrite.heads import Factors, Rewritten, Weights
+from rewrite.shared import shared
 from rewrite.site import Factored, Site
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class LowRank:
 
     def refuse(self, site: Site) -> str | None:
         """Why this site must stay as it is."""
+        few = shared(site)
+        if few is not None:
+            return f"its keys and values are of low rank already: {few.rank} and {len(few.dims)} shared numbers"
         reason = refuse_site(site, True) or refuse_rows(site)
         if reason is not None or self.full:
             return reason

@@ -80,13 +80,10 @@ class Absorber:
         return {mean: self._make_channels(mean) for mean in (False, True)}
 
     def _make_channels(self, mean_phase: bool) -> Channels:
-        known, g, d = self.known, self.known.site.k.heads, self.known.site.k.dim
+        known = self.known
         a, b = known.pairs[:, 0], known.pairs[:, 1]
-        k = known.second[: known.keys, : known.keys].reshape(g, d, g, d)
-        gram = torch.complex(
-            (k[:, a][:, :, :, a] + k[:, b][:, :, :, b]).diagonal(dim1=1, dim2=3),
-            (k[:, b][:, :, :, a] - k[:, a][:, :, :, b]).diagonal(dim1=1, dim2=3),
-        ).permute(2, 0, 1)
+        real, imag = known.paired(a, a) + known.paired(b, b), known.paired(b, a) - known.paired(a, b)
+        gram = torch.complex(real, imag).permute(2, 0, 1)
         energy = known.q.diagonal(dim1=1, dim2=2) * known.score_cost[:, None]
         each = energy[:, a] + energy[:, b]
         stand_in = known.stand_in if mean_phase else torch.ones_like(known.stand_in)
@@ -117,7 +114,7 @@ class Absorber:
         """The maps with `total` numbers a token."""
         known, site = self.known, self.known.site
         features = self._features(setting)
-        rank = min(total - setting.rope_dim, len(features.rows))
+        rank = min(total - setting.rope_dim, len(known.mean))
         u = self._top(features, setting.mean_phase, rank)
         down = u.T @ features.rows
         still = features.up_k @ u[: known.keys].reshape(site.k.heads, site.k.dim, rank)
@@ -138,11 +135,14 @@ class Absorber:
         keys = torch.einsum("gij,gjx->gix", root, rest.reshape(g, d, -1)).reshape(g * d, -1) * setting.factor**0.5
         cost = per_kv_head(site, known.value_cost * self.value_share[:, None, None])
         value_root, value_inverse = rooted(cost)
-        rows = torch.block_diag(keys, torch.block_diag(*value_root))
+        if known.basis is None:
+            rows = torch.block_diag(keys, *value_root)
+        else:
+            rows = torch.cat([keys, (value_root @ known.value_rows).flatten(0, 1)])
         return _Features(rows, inverse / setting.factor**0.5, value_inverse)
 
     def _top(self, features: _Features, mean_phase: bool, rank: int) -> Tensor:
-        """(features, rank) orthonormal: the directions of N y that hold most."""
+        """(rows, rank) orthonormal: the directions of N y that hold most."""
         root = self._root(mean_phase, rank)
         if root is None:
             _, vectors = eigh(self._gram(features))
@@ -158,8 +158,10 @@ class Absorber:
             return eigvalsh(self._gram(features)).clamp(min=0)
         rows = features.rows @ root
         values = eigvalsh(rows.T @ rows).clamp(min=0)
+        few = len(self.known.mean) - len(values)
+        if not few:
+            return values
         beyond = self._energy(features) - values.sum()
-        few = len(features.rows) - len(values)
         return torch.cat([(beyond.clamp(min=0) / few).expand(few), values])
 
     def _energy(self, features: _Features) -> Tensor:
@@ -169,18 +171,22 @@ class Absorber:
         return (keys @ spread[:at, :at] * keys).sum() + (values @ spread[at:, at:] * values).sum()
 
     def _root(self, mean_phase: bool, rank: int) -> Tensor | None:
-        """(features, m) B, B Bᵀ near the moments of y: exact but for the directions that matter least where no channel
-        turns and the factor is 1. None where the moments themselves are small enough, or nearly all is asked for."""
-        size = AROUND * (self.numbers or len(self.known.mean))
-        if len(self.known.mean) <= max(WIDE, size) or rank > size:
+        """(features, m) B, B Bᵀ the moments of y: all of them where keys and values are more than y, of wide sites all
+        but the directions that matter least where no channel turns and the factor is 1. None where keys and values are
+        y and their moments small enough, or nearly all is asked for."""
+        known, size = self.known, AROUND * (self.numbers or len(self.known.mean))
+        wide = known.basis is None
+        if wide and (len(known.mean) <= max(WIDE, size) or rank > size):
             return None
         if mean_phase not in self._roots:
-            features = self._features(Setting(1.0, mean_phase, 0))
-            values, vectors = eigh(self._gram(features))
-            half = vectors[:, -size:] * values[-size:].clamp(min=0).sqrt()
-            back = torch.block_diag(*features.up_k, *features.up_v)
-            self._roots[mean_phase] = back @ half
+            self._roots[mean_phase] = self._subspace(mean_phase, size) if wide else rooted(known.spread[None])[0][0]
         return self._roots[mean_phase]
+
+    def _subspace(self, mean_phase: bool, size: int) -> Tensor:
+        features = self._features(Setting(1.0, mean_phase, 0))
+        values, vectors = eigh(self._gram(features))
+        half = vectors[:, -size:] * values[-size:].clamp(min=0).sqrt()
+        return torch.block_diag(*features.up_k, *features.up_v) @ half
 
     def _gram(self, features: _Features) -> Tensor:
         gram = features.rows @ self.known.spread @ features.rows.T
@@ -202,12 +208,18 @@ class Absorber:
         return root, inverse
 
     def _rest(self, channels: Channels, kept: Tensor) -> Tensor:
-        """(g*d, g*d) what is left of the keys without the channels that turn."""
+        """(g * d, g * d or features) what is left of the keys without the channels that turn, of keys or of y."""
         known, g, d = self.known, self.known.site.k.heads, self.known.site.k.dim
         u = channels.u * kept[:, None, :]
         taken = (u @ u.conj().transpose(1, 2)) / channels.omega[:, :, None] * channels.omega[:, None, :]
-        rest = torch.eye(g * d, dtype=torch.float64).reshape(g, d, g, d)
         a, b = known.pairs[:, 0], known.pairs[:, 1]
+        if known.basis is not None:
+            rest = known.key_rows.clone()
+            turning = torch.einsum("jin,njx->ijx", taken, torch.complex(rest[:, a], rest[:, b]))
+            rest[:, a] -= turning.real
+            rest[:, b] -= turning.imag
+            return rest.flatten(0, 1)
+        rest = torch.eye(g * d, dtype=torch.float64).reshape(g, d, g, d)
         taken = taken.permute(1, 2, 0)
         for i in range(g):
             for n in range(g):
@@ -247,7 +259,7 @@ class Absorber:
             turn[n, part, :, first], turn[n, part, :, second] = key.real, sign * key.imag
             # of the second row it is b that takes the real part
             query_turn[:, n, part, first], query_turn[:, n, part, second] = query.real.T, sign * query.imag.T
-        turn = torch.cat([turn.flatten(0, 1).flatten(1), torch.zeros(2 * len(j), g * site.v.dim).double()], 1)
+        turn = known.of_keys(turn.flatten(0, 1).flatten(1))
         frequencies = torch.zeros(0) if site.k.rope is None else torch.from_numpy(site.k.rope.frequencies)
         return turn, query_turn.flatten(1, 2), frequencies.double()[j]
 

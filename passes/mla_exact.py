@@ -11,13 +11,18 @@ from torch import Tensor
 from passes.mla_absorb import balanced
 from passes.mla_shape import Shape, constants_are_free, lossless
 from passes.mla_source import plain_dims
+from rewrite.exact import exact_shared, placed
 from rewrite.heads import Heads, Latents, Weights
 from rewrite.modules import key_norm, raw_weights
-from rewrite.site import Rope, Site
+from rewrite.shared import shared
+from rewrite.site import Site
 
 
 def exact(site: Site, weights: Weights, rebuilt: bool, second: Tensor) -> tuple[Latents, Weights]:
     """The latent, and the weights with the output's bias that goes with it."""
+    few = shared(site)
+    if few is not None:
+        return balanced(exact_shared(site, few, weights), second), weights
     shape = lossless(site, rebuilt)
     rows, norm = _still_rows(site, rebuilt), key_norm(site, weights) if rebuilt else None
     basis, constant = _basis(site, weights if norm is None else raw_weights(weights), rows, shape)
@@ -90,21 +95,10 @@ def _all_pairs(site: Site, count: int) -> tuple[Tensor, Tensor, Tensor]:
     width = rope.width
     turn = torch.zeros(g, width, count, dtype=torch.float64)
     query_turn = torch.zeros(site.heads, g, width, d, dtype=torch.float64)
-    key_map, query_map = _placed(rope, d), _placed(of_q, d)
+    key_map, query_map = placed(rope, d), placed(of_q, d)
     for i in range(g):
         turn[i, :, i * d : (i + 1) * d] = key_map
     for head, i in enumerate(site.kv_of):
         query_turn[head, i] = query_map
     frequencies = torch.from_numpy(rope.frequencies).double().repeat(g)
     return turn.flatten(0, 1), query_turn.flatten(1, 2), frequencies
-
-
-def _placed(rope: Rope, dim: int) -> Tensor:
-    """(width, d): pairs side by side, turned by the rope's start."""
-    start = torch.from_numpy(rope.start).double()
-    n = torch.arange(len(start))
-    a, b = (torch.from_numpy(rope.pairs[:, i]).long() for i in (0, 1))
-    out = torch.zeros(len(start), 2, dim, dtype=torch.float64)
-    out[n, 0, a], out[n, 0, b] = start.cos(), -start.sin()
-    out[n, 1, a], out[n, 1, b] = start.sin(), start.cos()
-    return out.flatten(0, 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from codegen.eager import rotated
 from passes.gqa_source import floored
+from passes.mla_basis import keys_values
 from passes.mla_scene import Scene
 from passes.mla_source import Known, after
 
@@ -45,7 +46,7 @@ def influence(stage: Iterable[Scene], known: Known, raw: bool = False) -> Influe
     for scene in stage:
         p = _some(scene)
         queries += p.shape[0] * p.shape[2]
-        k, v = _keys_values(scene)
+        k, v = _keys_values(scene, known.basis)
         for head, i in enumerate(site.kv_of):
             score[head] += _felt(p[:, head], k[:, i], v[:, i], metric[head], known.value_cost[head])
             average = (p[:, head] @ v[:, i]).flatten(0, 1).double()
@@ -77,10 +78,10 @@ def _some(scene: Scene) -> Tensor:
     return scene.p[:, :, :: -(-t // most)]
 
 
-def _keys_values(scene: Scene) -> tuple[Tensor, Tensor]:
+def _keys_values(scene: Scene, basis: Tensor | None) -> tuple[Tensor, Tensor]:
     """(b, g, s, d) turned, and (b, g, s, dv)."""
     site = scene.site
-    k, v = scene.y.split([site.k.heads * site.k.dim, site.v.heads * site.v.dim], -1)
+    k, v = keys_values(site, basis, scene.y)
     k = k.unflatten(-1, (site.k.heads, -1)).transpose(1, 2)
     k = k if site.k.rope is None else rotated(site.k.rope, k, scene.keys_at)
     return k, v.unflatten(-1, (site.v.heads, -1)).transpose(1, 2)
@@ -117,9 +118,6 @@ def _within(p: Tensor, y: Tensor) -> Tensor:
 
 def _covariances(known: Known) -> tuple[Tensor, Tensor]:
     """(h, d, d) and (h, dv, dv) of each query head's own keys and values."""
-    site = known.site
-    centred = known.second - torch.outer(known.mean, known.mean)
-    d, dv, first = site.k.dim, site.v.dim, known.keys
-    k = torch.stack([centred[i * d :, i * d :][:d, :d] for i in site.kv_of])
-    v = torch.stack([centred[first + i * dv :, first + i * dv :][:dv, :dv] for i in site.kv_of])
-    return k, v
+    kv = list(known.site.kv_of)
+    k, v = known.blocks(known.second - torch.outer(known.mean, known.mean))
+    return k[kv], v[kv]

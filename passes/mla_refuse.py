@@ -6,12 +6,14 @@ import numpy as np
 
 from passes.gqa_refuse import one_number
 from passes.mla_shape import features, turning
+from rewrite.shared import shared
 from rewrite.site import Latent, Operand, Refusal, Site
 
 
 def refuse_site(site: Site, rebuilt: bool) -> str | None:
     """The first reason that applies whatever the size, or None."""
-    return _refuse_parts(site) or _refuse_constants(site) or _refuse_rope(site, rebuilt)
+    reason = _refuse_parts(site) or _refuse_shared(site, rebuilt)
+    return reason or _refuse_constants(site) or _refuse_rope(site, rebuilt)
 
 
 def refuse_size(site: Site, rank: int, rope_dim: int | None, rebuilt: bool) -> str | None:
@@ -41,13 +43,26 @@ def _refuse_parts(site: Site) -> str | None:
         return f"it caches a latent of {site.form.rank} and {site.form.rope_dim} numbers already"
     if isinstance(site.out, Refusal):
         return f"its output projection is not known ({site.out.reason}), and what errors cost is not either"
+    few = shared(site) is not None
     for name, operand in _operands(site):
-        if len(operand.roots) != 1:
+        if len(operand.roots) != 1 and not (few and operand is site.k):
             names = ", ".join(r.tensor for r in operand.roots)
             return f"its {name} come from {len(operand.roots)} projections ({names}); only one can be rewritten"
     if site.k.heads != site.v.heads:
         return f"keys have {site.k.heads} heads and values {site.v.heads}; only equal numbers are compressed together"
     return None
+
+
+def _refuse_shared(site: Site, rebuilt: bool) -> str | None:
+    few = shared(site)
+    if few is None:
+        return None
+    if site.k.after is not None:
+        return "its keys are scaled behind the rotation, and what turns of them is cached before it is scaled"
+    if not rebuilt:
+        return None
+    held = f"{few.rank} and {len(few.dims)} shared numbers"
+    return f'it caches a latent of {held} already, whose keys are expanded before they turn; form="absorbed" works'
 
 
 def _refuse_constants(site: Site) -> str | None:

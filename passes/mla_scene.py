@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codegen.latent import attention, features
+from codegen.latent import attention
 from passes import Stats
 from passes.moments import SCORES, SiteBatch, windowed
 from passes.refit import Measured, measured, output_error
@@ -114,7 +114,7 @@ def _scene(batch: SiteBatch, windows: slice, at: Tensor, source: Weights, before
     count, t = windows.stop - windows.start, batch.q.shape[2]
     seen = trial(batch, windows, at, REAL)
     out = torch.einsum("bhtd,ohd->bto", seen.original(), source.out.to(REAL))
-    y = features(seen.k, seen.v)
+    y = seen.y
     keep = torch.ones(count, t, dtype=torch.bool)
     if batch.keep is not None and batch.keep.shape[1] == t:
         keep = batch.keep[windows]
@@ -127,7 +127,7 @@ def _scene(batch: SiteBatch, windows: slice, at: Tensor, source: Weights, before
         batch.site,
         q=seen.q,
         y=y,
-        raw=y if batch.site.k.norm is None else features(seen.raw_k, seen.v),
+        raw=y if batch.site.k.norm is None else seen.raw,
         added=seen.added,
         sink=seen.sink,
         p=seen.p,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from passes.gqa_source import shift_invariant
 from passes.mla_source import plain_dims
 from rewrite.modules import caches_raw, raw_keys
+from rewrite.shared import shared
 from rewrite.site import Operand, Output, Sink, Site
 
 TURNING_PART = 3
@@ -31,12 +32,17 @@ class Shape:
 
 
 def features(site: Site) -> int:
-    """Keys and values of a token in the source."""
+    """Keys and values of a token in the source, or the numbers that they share."""
+    few = shared(site)
+    if few is not None:
+        return few.width
     return site.k.heads * site.k.dim + site.v.heads * site.v.dim
 
 
 def turning(site: Site) -> int:
     """How many of them the rope turns."""
+    if shared(site) is not None and site.k.rope is not None:
+        return site.k.rope.width
     return 0 if site.k.rope is None else site.k.heads * site.k.rope.width
 
 
@@ -52,7 +58,10 @@ def constants_are_free(site: Site) -> bool:
 
 
 def inputs(site: Site, rebuilt: bool) -> int | None:
-    """How many numbers of a token keys and values come from, None where they are no linear function of them."""
+    """How many numbers of a token keys and values come from, None where they are no linear function of them. Where
+    they share fewer numbers, what does not turn is all the rest."""
+    if shared(site) is not None:
+        return None
     still, raw = rebuilt or bool(len(plain_dims(site))), rebuilt and caches_raw(site)
     operands = [*((raw_keys(site.k) if raw else site.k,) if still else ()), site.v]
     if not all(linear(o) for o in operands):

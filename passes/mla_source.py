@@ -14,8 +14,10 @@ from torch import Tensor
 
 from passes.gqa_source import SUPPOSED, facts, floored, readers, shift_invariant
 from passes.gqa_values import carries_mean
+from passes.mla_basis import basis, keys_values
 from passes.moments import frequencies
 from rewrite.heads import Latents, Weights
+from rewrite.shared import shared
 from rewrite.site import Site
 
 
@@ -40,6 +42,46 @@ class Known:
     """(features, features) what stands for the second moment where it was measured better"""
     centred: bool
     """A constant in y changes nothing that the output's bias cannot give back."""
+    basis: Tensor | None = None
+    """(keys and values, features) from y to them; None where y is them (passes/mla_basis.py)"""
+
+    @property
+    def key_rows(self) -> Tensor:
+        """(g, d, features) keys as a function of y."""
+        return self._rows[: self.keys].unflatten(0, (self.site.k.heads, -1))
+
+    @property
+    def value_rows(self) -> Tensor:
+        """(g, dv, features) values as a function of y."""
+        return self._rows[self.keys :].unflatten(0, (self.site.v.heads, -1))
+
+    def of_keys(self, maps: Tensor) -> Tensor:
+        """(n, features): maps of the keys, (n, g * d), as maps of y."""
+        if self.basis is not None:
+            return maps @ self.basis[: self.keys]
+        return torch.cat([maps, maps.new_zeros(len(maps), len(self.mean) - self.keys)], 1)
+
+    @property
+    def _rows(self) -> Tensor:
+        return torch.eye(len(self.mean), dtype=torch.float64) if self.basis is None else self.basis
+
+    def blocks(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """(g, d, d) and (g, dv, dv) moments of every head's own keys and values, of moments of y."""
+        site, first = self.site, self.keys
+        g, d, dv = site.k.heads, site.k.dim, site.v.dim
+        if self.basis is not None:
+            return tuple(x @ moments @ x.mT for x in (self.key_rows, self.value_rows))  # type: ignore[return-value]
+        k = torch.stack([moments[i * d :, i * d :][:d, :d] for i in range(g)])
+        return k, torch.stack([moments[first + i * dv :, first + i * dv :][:dv, :dv] for i in range(g)])
+
+    def paired(self, a: Tensor, b: Tensor) -> Tensor:
+        """(g, g, pairs) second moments of dim a[j] of one head's keys with dim b[j] of another's."""
+        site, first = self.site, self.keys
+        if self.basis is not None:
+            rows = self.key_rows
+            return torch.einsum("ijx,njx->inj", rows[:, a] @ self.second, rows[:, b])
+        k = self.second[:first, :first].reshape(site.k.heads, site.k.dim, site.k.heads, site.k.dim)
+        return k[:, a][:, :, :, b].diagonal(dim1=1, dim2=3)
 
     @property
     def spread(self) -> Tensor:
@@ -84,21 +126,22 @@ def known(site: Site, weights: Weights, moments: Mapping[str, Tensor] | None, to
         q = moments["q_gram"] / max(tokens, 1)
         stand_in = _measured(site, moments["turns"])
     value_cost = torch.einsum("ohd,ohe->hde", weights.out, weights.out)
-    g, dv, first = site.v.heads, site.v.dim, site.k.heads * site.k.dim
-    centred = second - torch.outer(mean, mean)
-    spread = torch.stack([centred[first + i * dv :, first + i * dv :][:dv, :dv] for i in range(g)])
     scale = torch.tensor(site.scale, dtype=torch.float64).expand(site.heads) * after(site)
-    return Known(
+    made = Known(
         site=site,
         second=second,
         mean=mean,
         q=(q + q.transpose(1, 2)) / 2,
         stand_in=stand_in,
         value_cost=value_cost,
-        score_cost=floored(torch.einsum("hde,hed->h", value_cost, spread[list(site.kv_of)]) * scale.square()),
+        score_cost=scale,
         mix=None,
         centred=shift_invariant(site) and carries_mean(site, weights),
+        basis=basis(site, weights),
     )
+    _, spread = made.blocks(second - torch.outer(mean, mean))
+    cost = torch.einsum("hde,hed->h", value_cost, spread[list(site.kv_of)]) * scale.square()
+    return replace(made, score_cost=floored(cost))
 
 
 def after(site: Site) -> float:
@@ -127,12 +170,17 @@ def shifted(seen: Known, weights: Weights, latents: Latents) -> Weights:
     if weights.out_bias is None or not seen.centred:
         return weights
     site = seen.site
-    mean = seen.mean[seen.keys :].reshape(site.v.heads, site.v.dim)[list(site.kv_of)]
+    _, values = keys_values(site, seen.basis, seen.mean)
+    mean = values.reshape(site.v.heads, site.v.dim)[list(site.kv_of)]
     lost = mean - latents.up_v @ (latents.down @ seen.mean)
     return replace(weights, out_bias=weights.out_bias + torch.einsum("ohd,hd->o", weights.out, lost))
 
 
 def _from_weights(site: Site, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    if shared(site) is not None:
+        size = weights.k.weight.shape[-1]
+        q = weights.q.weight * weights.q.gain[..., None]
+        return torch.eye(size, dtype=q.dtype), torch.zeros(size, dtype=q.dtype), q @ q.mT
     base = facts(site, weights, None)
     parts: list[tuple[Tensor, Tensor]] = []
     for heads, inverse in ((weights.k, base.k_inverse), (weights.v, base.v_inverse)):

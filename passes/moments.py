@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from codegen.latent import features
+from passes.mla_basis import of_tokens
 from rewrite.site import Norm, Operand, Rope, Site
 
 SCORES = 1 << 25
@@ -34,6 +36,8 @@ class SiteBatch:
     """(b, t) bool: tokens that count; None where all do."""
     part: Callable[[slice, Tensor | None], Tensor] | None = None
     """`p` of some windows and some queries, where it can be had without the others: a long window's are gigabytes."""
+    back: Tensor | None = None
+    """(features, keys and values) from keys and values to y, where they share fewer numbers (passes/mla_basis.py)"""
     apart: bool = False
     """Whether windows are known to stand apart (`windowed`)."""
 
@@ -45,6 +49,11 @@ class SiteBatch:
     def raw_k(self) -> Tensor:
         """(b, g, t, d): keys as the projection gives them, before norm and gain."""
         return self.u["k"][..., torch.from_numpy(self.site.k.rows)].transpose(1, 2)
+
+    @property
+    def y(self) -> Tensor:
+        """(b, s, features) what a latent is made of: keys of all heads, then values, or the numbers that they share."""
+        return of_tokens(self.k, self.v, self.back)
 
 
 def q_gram(batch: SiteBatch) -> Tensor:
@@ -64,19 +73,13 @@ def v_gram(batch: SiteBatch) -> Tensor:
 
 
 def kv_gram(batch: SiteBatch) -> Tensor:
-    """(g*d + g*dv + 1, ...) sum of ỹ ỹᵀ, y the keys of all heads, then their values, and a 1 behind them."""
-    return _joint_gram(batch, batch.k)
+    """(features + 1, features + 1) sum of ỹ ỹᵀ, y what a latent is made of with a 1 behind it."""
+    return _augmented(_counted(batch.y[:, None], batch.keep))
 
 
 def raw_gram(batch: SiteBatch) -> Tensor:
     """The same with raw keys."""
-    return _joint_gram(batch, batch.raw_k)
-
-
-def _joint_gram(batch: SiteBatch, keys: Tensor) -> Tensor:
-    k, v = (_counted(x, batch.keep).transpose(0, 1).flatten(1) for x in (keys, batch.v))
-    flat = torch.cat([k, v, torch.ones_like(k[:, :1])], 1)
-    return flat.T @ flat
+    return _augmented(_counted(features(batch.raw_k, batch.v)[:, None], batch.keep))
 
 
 def k_inverse(batch: SiteBatch) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from passes import Target
 from passes.assign import holds_cache
 from passes.sizes import Source, count, describe, parameters, saved, shape
-from passes.verdict import no_attention, nothing_applies, offer, require_space
+from passes.verdict import next_target, no_attention, nothing_applies, offer, require_space
 from rewrite.errors import ReattnError
 from rewrite.machine import Machine, this_machine
 from rewrite.program import Program
@@ -146,7 +146,9 @@ class Plan:
         free = offer(self.sites) if self.source.generates and not latent else None
         offered = [] if free is None else [f"offer    {free}"]
         if not self.target:
-            return "\n".join([*offered, f"next     reattn plan {self.source.label} --to gqa:N"])
+            to = next_target(self.sites, self.source.generates)
+            offered += [] if to is None else [f"next     reattn plan {self.source.label} --to {to}"]
+            return "\n".join(offered)
         w, c = self.weights, self.cache
         rows = [["", "now", "after"], ["weights", size(w.before), size(w.after), change(w.before, w.after)]]
         if c.before:

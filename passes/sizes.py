@@ -8,6 +8,7 @@ from typing import Any
 
 from passes.factor_shape import sides
 from rewrite.checkpoint import Checkpoint, open_checkpoint
+from rewrite.shared import shared
 from rewrite.site import Dense, Factored, Latent, Operand, Refusal, Site
 
 
@@ -36,6 +37,9 @@ def shape(site: Site) -> str:
     if isinstance(site.form, Factored):
         ranks = "/".join("dense" if r is None else str(r) for r in site.form.ranks)
         return f"factored {ranks} for {site.heads} heads"
+    few = shared(site)
+    if few is not None:
+        return f"latent {few.rank} + {len(few.dims)} for {site.heads} heads"
     width = f"{site.k.dim}" if site.k.dim == site.v.dim else f"{site.k.dim}/{site.v.dim}"
     if isinstance(site.form, Dense) or site.kv_heads == site.heads:
         return f"dense {site.heads} × {width}"
@@ -50,17 +54,27 @@ def parameters(site: Site) -> int:
         return heads * o.dim * (o.roots[0].columns + (o.roots[0].bias is not None))
 
     out = 0 if isinstance(site.out, Refusal) else site.heads * site.v.dim * site.out.root.rows
+    few = shared(site)
+    if few is not None:
+        given = few.up.rows * few.rank + len(few.dims) * (few.key.columns + (few.key.bias is not None))
+        return numbers(site.q, site.heads) + given + out + _reading(site, few.width)
     if isinstance(site.form, Factored):
         have = sides(site)
         held = numbers(site.q, site.heads) + numbers(site.k, site.k.heads) + numbers(site.v, site.v.heads)
         return held - have.dense + have.cost(site.form.ranks) + out
     if isinstance(site.form, Latent):
-        # the projections stay, and what is read from the latent comes beside them
-        held, d, e = site.form, site.k.dim, site.v.dim
-        reading = site.heads * (held.rank * (d + e) + held.rope_dim * d)
-        added = site.cache_per_token * site.k.heads * (d + e) + reading
+        added = _reading(site, site.k.heads * (site.k.dim + site.v.dim))
         return numbers(site.q, site.heads) + sum(numbers(o, o.heads) for o in (site.k, site.v)) + out + added
     return numbers(site.q, site.heads) + sum(numbers(o, site.kv_heads) for o in (site.k, site.v)) + out
+
+
+def _reading(site: Site, features: int) -> int:
+    """Numbers of the maps to a latent and from it; the projections stay beside them."""
+    held = site.form
+    if not isinstance(held, Latent):
+        return 0
+    d, e = site.k.dim, site.v.dim
+    return site.cache_per_token * features + site.heads * (held.rank * (d + e) + held.rope_dim * d)
 
 
 def saved(before: tuple[Site, ...], after: tuple[Site, ...]) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from codegen.eager import rotated, scored
 from codegen.latent import attention, features
+from passes.mla_basis import of_tokens
 from passes.moments import SCORES, SiteBatch, windowed
 from rewrite.heads import Latents
 from rewrite.site import Affine, Sink, Site
@@ -29,7 +30,7 @@ class Trial:
     k: Tensor
     v: Tensor
     raw_k: Tensor
-    """(b, g, s, d) keys before their norm"""
+    """(b, g, s, d) keys before their norm, where they have one"""
     p: Tensor
     added: Tensor
     """(b, h, t, s) mask and biases; -inf where nothing is seen"""
@@ -37,10 +38,22 @@ class Trial:
     """(b, h, t, 1) the logit of what attention leaves out"""
     at: Tensor
     """(t,) positions of the queries"""
+    back: Tensor | None
+    """(features, keys and values) as in the batch"""
+
+    @property
+    def y(self) -> Tensor:
+        """(b, s, features) what a latent is made of."""
+        return of_tokens(self.k, self.v, self.back)
+
+    @property
+    def raw(self) -> Tensor:
+        """The same with keys before their norm."""
+        return features(self.raw_k, self.v)
 
     def latent(self, latents: Latents) -> Tensor:
         """(b, h, t, dv): the heads' outputs with a latent in place of keys and values."""
-        y = features(self.k if latents.key_norm is None else self.raw_k, self.v)
+        y = self.y if latents.key_norm is None else self.raw
         return attention(latents, self.site, self.q, y, added=self.added, sink=self.sink, q_at=self.at)
 
     def original(self) -> Tensor:
@@ -68,7 +81,8 @@ def trial(
     sink = None
     if any(isinstance(m, Sink) for m in site.mods):
         sink = (1 - exact.sum(-1, keepdim=True)).clamp(min=1e-300).log().to(dtype)
-    return Trial(site, q, k, v, batch.raw_k[windows].to(dtype), p, added, sink, at_q)
+    raw_k = k if site.k.norm is None else batch.raw_k[windows].to(dtype)
+    return Trial(site, q, k, v, raw_k, p, added, sink, at_q, batch.back)
 
 
 def heads_outputs(latents: Latents, batch: SiteBatch) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from passes.assign import holds_cache
+from passes.gqa import GQA
 from passes.mla import MLA
 from passes.sizes import Source, count
 from rewrite.errors import OutOfSpace, ReattnError, Refused
@@ -60,6 +61,15 @@ def offer(sites: Sequence[Site]) -> str | None:
     share = ceil(1000 * max(smaller)) / 1000
     many = count(len(smaller), "site")
     return f"mla:cache={share:g} at {many} loses nothing: what they cache is a linear function of fewer numbers"
+
+
+def next_target(sites: Sequence[Site], generates: bool) -> str | None:
+    """What to plan for where no target was given: the first that fits some site."""
+    if any(GQA(1).refuse(s) is None for s in sites):
+        return "gqa:N"
+    half = MLA(cache=0.5)
+    fits = generates and any(holds_cache(s) and half.refuse(s) is None for s in sites)
+    return "mla:cache=0.5" if fits else None
 
 
 def require_space(plan: Plan, out: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rewrite.heads import Latents
-from rewrite.site import Site
+from rewrite.heads import Latents, Weights
+from rewrite.shared import Shared
+from rewrite.site import Rope, Site
 
 
 def exact_latents(site: Site) -> Latents:
@@ -52,3 +53,36 @@ def exact_rebuilt(site: Site) -> Latents:
         frequencies=none,
         up_k=eye[: g * d].reshape(g, d, len(eye)),
     )
+
+
+def exact_shared(site: Site, few: Shared, weights: Weights) -> Latents:
+    """Of a site whose keys and values share numbers: those that turn side by side, the others as they are."""
+    kv, turning = list(site.kv_of), site.k.rope
+    turn, query_turn, frequencies = placed(None, site.k.dim), placed(None, site.k.dim), torch.zeros(0)
+    if turning is not None and site.q.rope is not None:
+        turn, query_turn = placed(turning, site.k.dim), placed(site.q.rope, site.k.dim)
+        frequencies = torch.from_numpy(turning.frequencies)
+    k, v = (x.weight * x.gain[..., None] for x in (weights.k, weights.v))
+    turned = turn @ k[0]
+    still = torch.ones(few.width, dtype=torch.bool)
+    still[turned.abs().sum(0) > 0] = False
+    return Latents(
+        down=torch.eye(few.width, dtype=torch.float64)[still],
+        turn=turned,
+        read=k[kv][..., still].mT,
+        query_turn=query_turn.expand(site.heads, -1, -1),
+        up_v=v[kv][..., still],
+        frequencies=frequencies.double(),
+    )
+
+
+def placed(rope: Rope | None, dim: int) -> torch.Tensor:
+    """(width, d): the pairs of a head side by side, turned by the rope's start."""
+    if rope is None:
+        return torch.zeros(0, dim, dtype=torch.float64)
+    start, n = torch.from_numpy(rope.start).double(), torch.arange(len(rope.pairs))
+    a, b = (torch.from_numpy(rope.pairs[:, i]).long() for i in (0, 1))
+    out = torch.zeros(len(n), 2, dim, dtype=torch.float64)
+    out[n, 0, a], out[n, 0, b] = start.cos(), -start.sin()
+    out[n, 1, a], out[n, 1, b] = start.sin(), start.cos()
+    return out.flatten(0, 1)

@@ -44,7 +44,8 @@ class Latents:
     """What a site caches in place of keys and values, and how it is read. Float64.
 
     y (features,) of a token: keys of all kv heads after norm, gain and shift and before the rope, head after head,
-    then values: features = g * d + g * dv. With rotation R_t by `frequencies` on channel pairs (2j, 2j + 1):
+    then values: features = g * d + g * dv; or the fewer numbers that all heads share (rewrite/shared.py). With rotation
+    R_t by `frequencies` on channel pairs (2j, 2j + 1):
 
         cached     c = down @ y,   r = R_s (turn @ y)
         score      scale * ((read[h] @ q_h) . c  +  R_t (query_turn[h] @ q_h) . r)      softcap, bias, mask as before

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rewrite.errors import Refused
 from rewrite.heads import Heads, Weights
+from rewrite.shared import Shared, shared
 from rewrite.site import Affine, IntArray, Operand, Output, Root, Site, Tensors
 
 Edits = dict[str, Tensor]
@@ -25,10 +26,12 @@ def gather(site: Site, tensors: Tensors) -> Weights:
     matrix = _matrix(out.root, tensors)
     bias = _bias(out.root, tensors)
     columns = torch.from_numpy(out.columns)
+    few = shared(site)
+    k, v = (_heads(site.k, tensors), _heads(site.v, tensors)) if few is None else _of_shared(site, few, tensors)
     return Weights(
         q=_heads(site.q, tensors),
-        k=_heads(site.k, tensors),
-        v=_heads(site.v, tensors),
+        k=k,
+        v=v,
         out=matrix[:, columns.reshape(-1)].reshape(-1, *columns.shape),
         out_bias=bias,
     )
@@ -64,6 +67,19 @@ def _heads(operand: Operand, tensors: Tensors) -> Heads:
     )
 
 
+def _of_shared(site: Site, few: Shared, tensors: Tensors) -> tuple[Heads, Heads]:
+    """Keys and values as functions of y, the numbers that they share."""
+    up = _matrix(few.up, tensors)
+    made: list[Heads] = []
+    for operand, rows in zip((site.k, site.v), few.up_rows, strict=True):
+        weight = torch.zeros(*rows.shape, few.width, dtype=torch.float64)
+        weight[..., : few.rank] = up[torch.from_numpy(rows.clip(0))] * torch.from_numpy(rows >= 0)[..., None]
+        gain = torch.from_numpy(np.broadcast_to(operand.gain.read(tensors), operand.rows.shape).copy())
+        made.append(Heads(weight, None, gain))
+    made[0].weight[:, torch.from_numpy(few.dims), few.rank + torch.arange(len(few.dims))] = 1.0
+    return made[0], made[1]
+
+
 def only_root(operand: Operand) -> Root:
     """The operand's one projection."""
     if len(operand.roots) != 1:
@@ -79,8 +95,10 @@ def expanded(site: Site, new: Weights, kv_of: Sequence[int], tensors: Tensors) -
     of_old = kv_slots(site, kv_of)
     queries = list(range(site.heads))
     _write_heads(edits, site.q, new.q, queries, tensors)
-    _write_heads(edits, site.k, new.k, of_old, tensors)
-    _write_heads(edits, site.v, new.v, of_old, tensors)
+    # heads that share numbers are read from a latent or stay: there is no projection of their own to be written
+    if shared(site) is None or of_old != list(range(site.k.heads)):
+        _write_heads(edits, site.k, new.k, of_old, tensors)
+        _write_heads(edits, site.v, new.v, of_old, tensors)
     _write_out(edits, output_of(site), new, tensors)
     return edits
 

@@ -317,8 +317,13 @@ class Site(Data):
     @property
     def cache_per_token(self) -> int:
         """Numbers cached per token and layer."""
+        from rewrite.shared import shared
+
         if isinstance(self.form, Latent):
             return self.form.rank + self.form.rope_dim
+        few = shared(self)
+        if few is not None:
+            return few.width
         return self.kv_heads * (self.k.dim + self.v.dim)
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from passes.mla_basis import back, basis
 from passes.moments import NEEDS, SiteBatch
 from rewrite.heads import Heads, Weights
 from rewrite.site import Operand, Site, Softcap
@@ -77,6 +78,8 @@ class HandStats:
     def __post_init__(self) -> None:
         for batch in self.batches():
             for name, need in NEEDS.items():
+                if batch.back is not None and name.endswith("_inverse"):
+                    continue  # `u` holds heads here, and not what several projections give
                 self.moments[name] = self.moments.get(name, torch.zeros(())) + need(batch)
 
     @property
@@ -94,7 +97,9 @@ class HandStats:
         for x in self.inputs:
             u = {n: raw(h, x).flatten(2) for n, h in (("q", w.q), ("k", w.k), ("v", w.v))}
             values = [normed(o, h, x) for o, h in ((site.q, w.q), (site.k, w.k), (site.v, w.v))]
-            yield SiteBatch(site, u, *values, lambda x=x: probabilities(site, w, site.kv_of, x, self.bias), None)
+            inverse = back(basis(site, w))
+            p = lambda x=x: probabilities(site, w, site.kv_of, x, self.bias)  # noqa: E731
+            yield SiteBatch(site, u, *values, p, None, back=inverse)
 
 
 def stats_of(site: Site, weights: Weights, seed: int = 0, bias: Tensor | None = None, rows: int = 4) -> HandStats:

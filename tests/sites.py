@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -71,6 +73,31 @@ def make_site(
         proof=Proof((), (), ""),
     )
     return site, tensors
+
+
+def shared_site(
+    heads: int = 4, plain: int = 4, turning: int = 4, value: int = 3, rank: int = 8, seed: int = 0
+) -> tuple[Site, dict[str, Tensor]]:
+    """A site whose heads are expanded from `rank` numbers and share one key of `turning`, between the plain dims and
+    none: the layout of DeepSeek, its rows of keys and values side by side. All read as many numbers as it caches."""
+    width, dim, rows = rank + turning, plain + turning, heads * (plain + value)
+    made, tensors = make_site(heads=heads, kv_heads=heads, dim=dim, width=width, bias=False, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, shape in (("up", (rows, rank)), ("down", (width, width)), ("o", (width, heads * value))):
+        tensors[f"{name}.weight"] = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    up = Root("up.weight", np.arange(rows) * rank, 1, rank, source="normed")
+    down = Root("down.weight", np.arange(width) * width, 1, width, source="hidden")
+    table = np.arange(rows).reshape(heads, plain + value)
+    shared = np.broadcast_to(np.arange(rank, width), (heads, turning))
+    n = turning // 2
+    rope = Rope(plain + np.arange(turning).reshape(-1, 2), np.array([1.0, 0.1, 0.01, 0.001])[:n], np.zeros(n))
+    k = Operand(
+        (down, up), np.concatenate([width + table[:, :plain], shared], 1), Affine(np.ones((heads, dim))), rope=rope
+    )
+    v = Operand((up,), table[:, plain:], Affine(np.ones((heads, value))))
+    out = Root("o.weight", np.arange(width) * heads * value, 1, heads * value)
+    columns = np.arange(heads * value).reshape(heads, value)
+    return replace(made, q=replace(made.q, rope=rope), k=k, v=v, out=Output(out, columns)), tensors
 
 
 def _roots(layout, rows, heads, dim, width, bias, draw):

@@ -6,7 +6,7 @@ the wiring; then the model with its real latents must say the same with its cach
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,10 @@ from rewrite.emit.files import dress
 from rewrite.emit.observe import Log, Table, observe
 from rewrite.emit.twin import as_before, in_float, put, table, twin
 from rewrite.emit.validate import differs, inconsistent, latents_held
-from rewrite.exact import exact_latents, exact_rebuilt
+from rewrite.exact import exact_latents, exact_rebuilt, exact_shared
 from rewrite.heads import Latents, Rewritten
 from rewrite.modules import key_norm_module, owner
+from rewrite.shared import shared
 from rewrite.site import FloatArray, Rope, Site
 
 Recipe = dict[str, Any]
@@ -63,17 +64,28 @@ def emit_latent(
     if problem is not None:
         raise RuntimeError(f"the model with its latents does not read them as it wrote them: {problem}")
     as_before(made, model)
+    forms, why = dict.fromkeys(kept, "latent"), {n: _stays(site) for n, (site, _) in kept.items()}
     if beside is None:
-        return Emitted(made, dict.fromkeys(kept, "latent"), {}, refused)
+        return Emitted(made, forms, why, refused)
     like(made, model, beside)
-    forms = dict.fromkeys(kept, "latent") | dict.fromkeys(beside.recipes, "factored")
-    return Emitted(made, forms, {}, {**refused, **beside.refused})
+    return Emitted(made, forms | dict.fromkeys(beside.recipes, "factored"), why, {**refused, **beside.refused})
 
 
-def forecast_latent(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Site name -> (form, what it costs), before anything is run."""
-    why = "stock: its class caches heads" if model.can_generate() else "latent: it generates nothing and caches nothing"
-    return {name: ("latent" if model.can_generate() else "refused", why) for name in names}
+def forecast_latent(model: PreTrainedModel, sites: Mapping[str, Site]) -> dict[str, tuple[str, str]]:
+    """Source sites by name -> (form, what it costs), before anything is run."""
+    if not model.can_generate():
+        return dict.fromkeys(sites, ("refused", "latent: it generates nothing and caches nothing"))
+    why = "stock: its class caches what it cached"
+    return {name: ("latent", "; ".join([why, *_stays(site)])) for name, site in sites.items()}
+
+
+def _stays(site: Site) -> tuple[str, ...]:
+    """What the file holds that nothing is read from any more."""
+    few = shared(site)
+    if few is None:
+        return ()
+    name = few.up.tensor.removeprefix(f"{owner(site)}.")
+    return (f"{name} stays in the file: the module expands one token with it, and the kernel reads the latent",)
 
 
 def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Recipe | str:
@@ -97,7 +109,9 @@ def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Re
         if latents.up_k is not None:
             rope |= {"pairs": site.k.rope.pairs.T.tolist(), "turns": site.k.rope.frequencies.tolist()}
     sizes = {"rank": latents.rank, "rope_dim": latents.rope_dim, "heads": site.heads}
-    sizes |= {"dim": site.k.dim, "value_dim": site.v.dim}
+    few = shared(site)
+    features = len(keep) * (site.k.dim + site.v.dim) if few is None else few.width
+    sizes |= {"dim": site.k.dim, "value_dim": site.v.dim, "features": features}
     if latents.up_k is not None and site.kv_of != tuple(i // (site.heads // site.k.heads) for i in range(site.heads)):
         return f"its {site.heads} query heads do not read its {site.k.heads} kv heads in order"
     place = {
@@ -107,6 +121,7 @@ def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Re
         "rebuilt": latents.up_k is not None,
         "key_norm": None,
         "shown": shown,
+        "shared": None if few is None else {"argument": list(log.argument)},
     }
     if latents.key_norm is not None:
         norm = _key_norm(site, log, _factor(site, rope))
@@ -154,6 +169,8 @@ def _shown(module: nn.Module, site: Site, latents: Latents, log: Log) -> Recipe 
     if log.kernels:
         return None
     kind = type(module).__name__
+    if shared(site) is not None:
+        return f"{kind} computes its attention itself and asks for no kernel that could read a latent"
     if site.k.rope is not None or latents.up_k is not None:
         return f"{kind} computes its attention itself and asks for no kernel that could read a latent under a rope"
     readers = [site.kv_of.index(i) for i in range(site.k.heads)]
@@ -164,6 +181,13 @@ def _shown(module: nn.Module, site: Site, latents: Latents, log: Log) -> Recipe 
 
 def _keep(site: Site, log: Log) -> list[int] | str:
     """Which of the heads that the module shows are the site's kv heads."""
+    few = shared(site)
+    if few is not None:
+        given = {(w.k.shape[1], w.k.shape[3], w.v.shape[3]) for w in log.writes}
+        if given == {(1, few.rank, len(few.dims))}:
+            return [0]
+        widths = f"{few.rank} and {len(few.dims)} numbers that its heads share"
+        return f"its cache is given (heads, widths) {sorted(given)}, not the {widths}"
     shown = {t.shape[1] for w in log.writes for t in (w.k, w.v)}
     if shown == {site.k.heads}:
         return list(range(site.k.heads))
@@ -209,7 +233,9 @@ def _unproven(
 
 def _exact(site: Site, new: Rewritten) -> Latents:
     """Latents of the same kind that lose nothing."""
-    held = _of(new)
+    few, held = shared(site), _of(new)
+    if few is not None:
+        return exact_shared(site, few, new.weights)
     return exact_latents(site) if held.up_k is None else replace(exact_rebuilt(site), key_norm=held.key_norm)
 
 
@@ -264,7 +290,10 @@ def module_tensors(site: Site, latents: Latents, factor: float) -> dict[str, Ten
     """The runtime module's parameters. A factor that the rope's table carries, or that stands behind the rope, is in
     the keys and queries that the module shows, but not in those that the latents are made for."""
     down = torch.cat([latents.down, latents.turn])
-    down[:, : site.k.heads * site.k.dim] /= factor
+    few = shared(site)
+    # of what is shared the part that turns is a key as it is
+    keys = slice(site.k.heads * site.k.dim) if few is None else slice(few.rank, None)
+    down[:, keys] /= factor
     out = {"down": down, "up_v": latents.up_v}
     if latents.up_k is not None:
         # behind a norm the factor would have no effect: there the runtime puts it on what the norm gives

@@ -35,7 +35,7 @@ class Write:
 
 @dataclass(frozen=True)
 class Table:
-    """A pair (cos, sin) among a module's arguments, by name and place, as it was given."""
+    """A pair (cos, sin) among a module's arguments, by name and place, as it was given or as one complex tensor."""
 
     name: str
     place: int
@@ -109,11 +109,12 @@ def _noted(value: Any, log: Log) -> Any:
 
 
 def _tables(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Table]:
-    """Arguments that are two tensors whose squares add up to one number."""
+    """Arguments that are two tensors whose squares add up to one number, or one complex tensor of one size."""
     names = [n for n in inspect.signature(module.forward).parameters if n not in ("args", "kwargs")]
     given = [(n, i, v) for i, (n, v) in enumerate(zip(names, args, strict=False))]
     given += [(n, names.index(n) if n in names else len(names), v) for n, v in kwargs.items()]
-    return [Table(n, i, v[0].detach(), v[1].detach()) for n, i, v in given if _turns(v)]
+    parts = [(n, i, (v.real, v.imag) if isinstance(v, Tensor) and v.is_complex() else v) for n, i, v in given]
+    return [Table(n, i, v[0].detach(), v[1].detach()) for n, i, v in parts if _turns(v)]
 
 
 def _turns(value: Any) -> bool:

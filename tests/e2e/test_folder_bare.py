@@ -45,6 +45,7 @@ LATENT = (
     ("qwen3-sdpa", MLA(cache=0.5, form="rebuilt")),
     ("bloom-eager", MLA(cache=0.5)),
     ("bart-sdpa", MLA(cache=0.5)),
+    ("youtu-sdpa", MLA(cache=0.5)),
 )
 
 

@@ -25,6 +25,7 @@ class Call:
         self.sin: Tensor | None = None
         self.cached = False
         self.filled: Any = None
+        self.held: Tensor | None = None
 
     def last(self, held: Tensor, q: Tensor) -> Any:
         """Where the last query stands among the held tokens: at their end, or before places not yet filled."""
@@ -52,12 +53,11 @@ class Latent(nn.Module):
         self.keep = tuple(keep)
         self.call = Call()
         self.source: Any = None
-        features = len(keep) * (sizes["dim"] + sizes["value_dim"])
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=like.dtype, device=like.device))
 
-        self.down = empty(self.rank + self.rope_dim, features)
+        self.down = empty(self.rank + self.rope_dim, sizes["features"])
         self.read = empty(self.heads, self.rank, sizes["dim"])
         self.up_v = empty(self.heads, sizes["value_dim"], self.rank)
         if self.rope_dim:
@@ -73,7 +73,8 @@ class Latent(nn.Module):
         return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
     def held(self, k: Tensor, v: Tensor) -> Tensor:
-        """(batch, 1, tokens, rank + rope_dim): what is cached of keys and values (batch, heads, tokens, dim)."""
+        """(batch, 1, tokens, rank + rope_dim): what is cached of keys and values (batch, heads, tokens, dim), or of the
+        two parts of what they share, each as one head."""
         k, v = pick(k, self.keep), pick(v, self.keep)
         y = torch.cat((k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2)), -1)
         c = nn.functional.linear(y, self.down)[:, None]

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, Cache, EncoderDecoderCache
 
 from rewrite.emit.runtime.heads import Part
 from rewrite.emit.runtime.latent import KeyNorm, Latent, Rebuilt, Shown
+from rewrite.emit.runtime.latent_shared import EnterShared, SharedPassing, SharedView
 from rewrite.emit.runtime.latent_views import LatentPair, LatentView, Show
 
 KERNEL = "reattn_latent"
@@ -21,7 +22,7 @@ class Enter:
     """Forward pre-hook of an attention module: its caches become views, its rope table one that does not turn.
 
     `rope` is the table's name, its place, which columns turn the cached channels and which way, and the factor that
-    cos and sin carry; None where the module has none."""
+    cos and sin, or one complex number, carry; None where the module has none."""
 
     def __init__(self, rope: dict[str, Any] | None) -> None:
         self.rope = rope
@@ -40,17 +41,19 @@ class Enter:
         return (*args[:place], self._still(args[place], latent), *args[place + 1 :]), kwargs
 
     def _seen(self, value: Any, latent: Latent) -> Any:
-        if not isinstance(value, Cache):
+        if not isinstance(value, Cache) or isinstance(value, SharedView | SharedPassing):
             return value
         latent.call.cached = True
         return LatentPair(value, latent) if isinstance(value, EncoderDecoderCache) else LatentView(value, latent)
 
-    def _still(self, table: tuple[Tensor, Tensor], latent: Latent) -> tuple[Tensor, Tensor]:
+    def _still(self, table: Any, latent: Latent) -> Any:
         if self.rope is None:
             return table
-        cos, sin = table
+        cos, sin = (table.real, table.imag) if isinstance(table, Tensor) else table
         columns, factor = self.rope["columns"], self.rope["factor"]
         latent.call.cos, latent.call.sin = cos[..., columns] / factor, sin[..., columns] * (self.rope["sign"] / factor)
+        if isinstance(table, Tensor):
+            return torch.full_like(table, factor)
         return torch.full_like(cos, factor), torch.zeros_like(sin)
 
 
@@ -60,7 +63,10 @@ def latent_attention(
     """The attention function of such a module: the one that its model was told to use, on what the latent gives."""
     latent: Latent = module.reattn
     kernel = kernel_of(module, latent.source)
-    held = key if latent.call.cached else latent.held(key, value)
+    held = latent.call.held
+    if held is None:
+        held = key if latent.call.cached else latent.held(key, value)
+    latent.call.held = None
     kwargs["scaling"] = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     tokens = query.shape[2]
     if isinstance(tokens, torch.SymInt) or tokens != 1:
@@ -96,6 +102,8 @@ def install_latent(model: Part, recipe: dict[str, Any]) -> None:
     module.config = copy.copy(module.config)
     # the module's own copy of the config alone names this kernel, so the model's choice stays the user's
     module.config._attn_implementation_internal = KERNEL
+    if recipe["shared"] is not None:
+        module.register_forward_pre_hook(EnterShared(recipe["shared"]["argument"]), with_kwargs=True)
     module.register_forward_pre_hook(Enter(recipe["rope"]), with_kwargs=True)
 
 
