@@ -144,7 +144,7 @@ class Windows:
         turned: list[Tensor] = []
 
         def part(windows: slice, queries: Tensor | None) -> Tensor:
-            turned[:] = turned or (rotated(rope, q, at).float(), rotated(rope, k, at)[:, of].float())
+            turned[:] = turned or (rotated(rope, q.float(), at), rotated(rope, k.float(), at)[:, of])
             return sdpa_probabilities(turned[0], turned[1], v, is_causal=True, windows=windows, queries=queries)
 
         return SiteBatch(self.site, u, q, k, v, lambda: part(slice(None), None), None, part)

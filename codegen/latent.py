@@ -9,6 +9,9 @@ from codegen.eager import normed, rotated, scored
 from rewrite.heads import Latents
 from rewrite.site import Rope, Sink, Site
 
+EXPANDED = 1 << 31
+"""Multiplications with cached vectors from which on these are expanded head by head, where that takes fewer."""
+
 
 def features(k: Tensor, v: Tensor) -> Tensor:
     """(b, s, features) from v (b, g, s, dv) and k (b, g, s, d) before the rope; for latents with a `key_norm` raw k."""
@@ -44,15 +47,31 @@ def scores(latents: Latents, site: Site, q: Tensor, y: Tensor, at: Tensor, q_at:
     if latents.up_k is not None:
         turned = q if site.q.rope is None else rotated(site.q.rope, q, q_at)
         return turned @ keys(latents, site, c, at)[:, list(site.kv_of)].transpose(-1, -2)
-    still = torch.einsum("bhtd,hrd->bhtr", q, latents.read.to(q)) @ c[:, None].transpose(-1, -2)
+    read = latents.read.to(q)
+    if _expands(q.shape[1] * q.shape[2] * y.shape[1], latents.rank, q.shape[2], q.shape[3]):
+        still = q @ (read.mT.flatten(0, 1) @ c.mT).unflatten(1, (q.shape[1], -1))
+    else:
+        still = torch.einsum("bhtd,hrd->bhtr", q, read) @ c[:, None].transpose(-1, -2)
     moving = torch.einsum("bhtd,hpd->bhtp", q, latents.query_turn.to(q))
-    return still + rotated(rotation(latents.frequencies), moving, q_at) @ r[:, None].transpose(-1, -2)
+    moving = rotated(rotation(latents.frequencies), moving, q_at)
+    if moving.numel() * y.shape[1] > EXPANDED:
+        # heads as rows: the cached channels are not copied for each
+        return still + (moving.flatten(1, 2) @ r.mT).unflatten(1, q.shape[1:3])
+    return still + moving @ r[:, None].transpose(-1, -2)
 
 
 def outputs(latents: Latents, p: Tensor, y: Tensor) -> Tensor:
     """(b, h, t, dv): the heads' outputs under probabilities p (b, h, t, s)."""
-    c = y @ latents.down.to(y).T
-    return torch.einsum("bhtr,hdr->bhtd", p @ c[:, None], latents.up_v.to(y))
+    c, up_v = y @ latents.down.to(y).T, latents.up_v.to(y)
+    if _expands(p.shape[1] * p.shape[2] * p.shape[3], latents.rank, p.shape[2], up_v.shape[1]):
+        return p @ (up_v.flatten(0, 1) @ c.mT).unflatten(1, (p.shape[1], -1)).mT
+    return torch.einsum("bhtr,hdr->bhtd", p @ c[:, None], up_v)
+
+
+def _expands(scores: int, rank: int, queries: int, dim: int) -> bool:
+    """Whether `scores` (heads x queries x keys) are sums over `dim` numbers of each head, not over the cached ones."""
+    # keys are expanded once for all queries
+    return scores * rank > EXPANDED and dim * (queries + rank) < rank * queries
 
 
 def attention(

@@ -33,6 +33,8 @@ Batch = Mapping[str, Tensor]
 ALL = slice(None)
 KEPT_NUMBERS = 1 << 27
 """Outputs of one site (tokens x width) that are held for its trials: half a gigabyte in float32."""
+SINGLE = 1 << 24
+"""Scores of one window from which on probabilities are computed in single precision, as the model itself has them."""
 
 
 class Stream:
@@ -256,13 +258,14 @@ def sdpa_probabilities(  # the argument list is that of the operator, then windo
     at = torch.arange(q.shape[-2]) if queries is None else queries
     q, k = q[windows][..., at, :], k[windows]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if enable_gqa else k
-    scores = q.double() * (scale if scale is not None else q.shape[-1] ** -0.5) @ k.double().transpose(-1, -2)
+    exact = torch.float32 if q[0, ..., 0].numel() * k.shape[-2] >= SINGLE else torch.float64
+    scores = q.to(exact) * (scale if scale is not None else q.shape[-1] ** -0.5) @ k.to(exact).transpose(-1, -2)
     if is_causal:
         scores.masked_fill_(torch.arange(scores.shape[-1]) > at[:, None], -torch.inf)
     if attn_mask is not None:
         attn_mask = attn_mask[windows] if attn_mask.dim() == q.dim() and len(attn_mask) > 1 else attn_mask
         attn_mask = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., at, :]
         masked = attn_mask.dtype == torch.bool
-        scores.masked_fill_(~attn_mask, -torch.inf) if masked else scores.add_(attn_mask.double())
+        scores.masked_fill_(~attn_mask, -torch.inf) if masked else scores.add_(attn_mask.to(exact))
     scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    return scores.div_(scores.sum(-1, keepdim=True)).nan_to_num_()
+    return scores.div_(scores.sum(-1, keepdim=True)).nan_to_num_().double()

@@ -15,9 +15,9 @@ from torch import Tensor
 from passes.factor_known import rows_known
 from passes.factor_shape import Sides, refuse_rank, refuse_rows, share_rank, sides
 from passes.factor_solve import Solver, exact
-from passes.mla import MLA, TRIAL_TOKENS
+from passes.mla import MLA
 from passes.mla_refuse import refuse_site
-from passes.mla_scene import scenes
+from passes.mla_scene import TRIAL_TOKENS, scenes
 from passes.mla_search import ALONE
 from passes.refit import measure, output_error, refit
 from rewrite.heads import Factors, Rewritten, Weights

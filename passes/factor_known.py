@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from passes import Stats
+from passes.eigen import rooted
 from passes.factor_shape import sides
 from passes.gqa_source import shift_invariant
-from passes.mla_absorb import rooted
 from passes.mla_influence import influence, query_metric
 from passes.mla_rebuilt import DRAWN, through, unfelt
 from passes.mla_scene import Scene

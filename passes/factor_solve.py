@@ -13,10 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from passes.eigen import eigh, rooted
 from passes.factor_known import Rows
 from passes.factor_shape import Ranks, Sides
 from passes.gqa_source import FLOOR
-from passes.mla_absorb import rooted
 from rewrite.heads import Factor, Factors, Heads, Weights
 
 
@@ -63,7 +63,7 @@ class Basis:
 
 def _basis(second: Tensor, root: Tensor, back: Tensor) -> Basis:
     gram = root @ second @ root.T
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    values, vectors = eigh((gram + gram.T) / 2)
     return Basis(values.flip(0).clamp(min=0), vectors.flip(1), root, back)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from passes.eigen import eigh, eigvalsh
 from passes.gqa_source import FLOOR, Facts, shift_invariant
 
 STEPS = 30
@@ -82,11 +83,11 @@ def closed_loss(facts: Facts, members: tuple[int, ...]) -> float:
     gram = facts.k.of(members)
     loss = 0.0
     if (pairs := _pairs(facts)) is not None:
-        values = torch.linalg.eigvalsh(_pair_gram(facts, members, pairs)[0])
+        values = eigvalsh(_pair_gram(facts, members, pairs)[0])
         loss += float(values[..., :-1].clamp(min=0).sum())
     plain = _plain(facts)
     if len(plain):
-        values = torch.linalg.eigvalsh(_plain_gram(facts, members, gram.centred, plain)[0])
+        values = eigvalsh(_plain_gram(facts, members, gram.centred, plain)[0])
         loss += float(values[: -len(plain)].clamp(min=0).sum())
     return loss
 
@@ -97,7 +98,7 @@ def start(facts: Facts, members: tuple[int, ...]) -> Tensor:
     down = torch.zeros(t, d, d, dtype=torch.float64)
     if (pairs := _pairs(facts)) is not None:
         gram, omega = _pair_gram(facts, members, pairs)
-        top = torch.linalg.eigh(gram)[1][..., -1]
+        top = eigh(gram)[1][..., -1]
         lead = top.gather(-1, top.abs().argmax(-1, keepdim=True))
         c = (top * (lead.conj() / lead.abs())).conj() * omega
         a, b = pairs[:, 0], pairs[:, 1]
@@ -107,7 +108,7 @@ def start(facts: Facts, members: tuple[int, ...]) -> Tensor:
     plain = _plain(facts)
     if len(plain):
         gram, roots = _plain_gram(facts, members, facts.k.of(members).centred, plain)
-        top = torch.linalg.eigh(gram)[1][:, -len(plain) :].T.reshape(len(plain), t, len(plain))
+        top = eigh(gram)[1][:, -len(plain) :].T.reshape(len(plain), t, len(plain))
         rows = torch.einsum("rti,tij->trj", top, roots)
         down[:, plain[:, None], plain[None]] = rows
     return down
@@ -155,7 +156,7 @@ def _plain_gram(facts: Facts, members: tuple[int, ...], centred: Tensor, plain: 
     k = facts.k.of(members)
     second = centred if shift_invariant(facts.site) else k.second
     second = second[:, plain][:, :, :, plain]
-    values, vectors = torch.linalg.eigh(_metric(facts, members)[:, plain[:, None], plain[None]])
+    values, vectors = eigh(_metric(facts, members)[:, plain[:, None], plain[None]])
     values = values.clamp(min=FLOOR * max(float(values.max()), torch.finfo(torch.float64).tiny))
     roots = vectors @ (values.sqrt()[..., None] * vectors.transpose(-1, -2))
     gram = torch.einsum("tij,tjuk,ulk->tiul", roots, second, roots)

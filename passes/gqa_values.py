@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from passes.eigen import eigh
 from passes.gqa_source import FLOOR, Facts
 from rewrite.heads import Weights
 from rewrite.site import Sink, Site
@@ -36,13 +37,13 @@ def merge_values(facts: Facts, members: tuple[int, ...], centred: bool) -> Value
         one = torch.eye(d, dtype=torch.float64)
         return ValueMerge(members, one[None], dict.fromkeys(facts.readers[members[0]], one), 0.0)
     metric = torch.stack([facts.value_weight[list(facts.readers[i])].sum(0) for i in members])
-    values, vectors = torch.linalg.eigh((metric + metric.transpose(-1, -2)) / 2)
+    values, vectors = eigh((metric + metric.transpose(-1, -2)) / 2)
     values = values.clamp(min=max(FLOOR * float(facts.value_weight.diagonal(dim1=1, dim2=2).max()), 1e-300))
     roots = vectors @ (values.sqrt()[..., None] * vectors.transpose(-1, -2))
     inverse = vectors @ (values.rsqrt()[..., None] * vectors.transpose(-1, -2))
     v = facts.v.of(members)
     gram = torch.einsum("tij,tjuk,ulk->tiul", roots, v.centred if centred else v.second, roots).reshape(t * d, t * d)
-    energy, top = torch.linalg.eigh((gram + gram.T) / 2)
+    energy, top = eigh((gram + gram.T) / 2)
     u = top[:, -d:].reshape(t, d, d)
     down, up = u.transpose(1, 2) @ roots, inverse @ u
     scale = _size(facts, members, down, centred)

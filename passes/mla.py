@@ -19,7 +19,7 @@ from passes.mla_influence import influence, mixed
 from passes.mla_polish import WORK, polish, work
 from passes.mla_rebuilt import UNMEASURED, cached_rows, rebuilder, search_way
 from passes.mla_refuse import refuse_even, refuse_site, refuse_size
-from passes.mla_scene import Scene, error, measure, refit_every, scenes
+from passes.mla_scene import Scene, error, measure, refit_scenes, scenes, stage_of
 from passes.mla_search import ALONE, enough, search, settings
 from passes.mla_shape import Shape, budget, even_split, features, lossless, split
 from passes.mla_source import Known, known, shifted
@@ -40,8 +40,6 @@ POLISH_EVERY = 3
 """One query of so many is looked at: neighbours in a text tell much the same, and the keys are all there."""
 CHOOSING = 2
 """Steps after which the better of two splits is known."""
-TRIAL_TOKENS = 4096
-"""Calibration tokens on which settings are measured."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class MLA:
     def curve(self, site: Site, weights: Weights, stats: Stats) -> Curve:
         """What the closed form loses: one search of settings, and other sizes near what it found."""
         share, full = budget(site, self.cache if isinstance(self.cache, float) else 1.0), lossless(site, self._rebuilt)
-        stage = [*scenes(stats, weights, TRIAL_TOKENS)]
+        stage = stage_of(stats, weights)
         if self._rebuilt:
             closed = rebuilt_sizes(rebuilder(site, weights, stats, stage))
             return curve(closed, weights, stage, share, full.total, self.refit)
@@ -188,7 +186,7 @@ class MLA:
         notes = [] if reason is None else [f"{site.name}: keys are cached behind their norm: {reason}"]
         if shape.rank == full and self.keep is None:
             return (*exact(site, weights, True, cached_rows(site, weights, stats).second), notes)
-        stage = [] if stats is None else [*scenes(stats, weights, TRIAL_TOKENS)]
+        stage = [] if stats is None else stage_of(stats, weights)
         closed = rebuilder(site, weights, stats, stage)
         rank = shape.rank if self.keep is None else closed.enough(self.keep, full)
         if rank == full:
@@ -196,7 +194,7 @@ class MLA:
         way = (
             UNMEASURED
             if stats is None
-            else search_way(lambda w: _lost(stage, weights, closed.seen, closed.latents(w, rank)))
+            else search_way(lambda w: _lost(stage, weights, closed.seen, closed.latents(w, rank)), site)
         )
         latents = closed.latents(way, rank)
         made = shifted(closed.seen, weights, latents)
@@ -216,7 +214,7 @@ class MLA:
             setting = settings(absorber, shape.total, ALONE, self._fixed(shape))
             latents = absorber.latents(setting, shape.total)
             return latents, shifted(seen, weights, latents), [WEIGHTS_ONLY]
-        stage = [*scenes(stats, weights, TRIAL_TOKENS)]
+        stage = stage_of(stats, weights)
         absorber = self._measured(seen, stage, shape.total)
         total = shape.total
         setting = search(
@@ -238,8 +236,7 @@ class MLA:
         """With the output projection solved anew, where that is wanted."""
         if not self.refit:
             return latents, made, notes
-        every = refit_every(site, stats.tokens)
-        made, note = refit(made, measure(scenes(stats, source, every=every), latents, made))
+        made, note = refit(made, measure(refit_scenes(stats, source, site), latents, made))
         return latents, made, [*notes, *([f"{site.name}: {note}"] if note and not self.polish else [])]
 
     def _too_long(self, site: Site, stage: Sequence[Scene], latents: Latents, tokens: int) -> list[str]:

@@ -12,15 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from passes.eigen import TINY, eigh, eigvalsh, orthonormal, raised, rooted
 from passes.gqa_source import FLOOR
 from passes.mla_source import Known, per_kv_head, start_gap
 from rewrite.heads import Latents
 
-TINY = 1e-300
 WIDE = 1024
 """Features beyond which decompositions are made in a subspace."""
 AROUND = 2
@@ -88,14 +87,14 @@ class Absorber:
         energy = known.q.diagonal(dim1=1, dim2=2) * known.score_cost[:, None]
         each = energy[:, a] + energy[:, b]
         stand_in = known.stand_in if mean_phase else torch.ones_like(known.stand_in)
-        omega = _floored(per_kv_head(known.site, each).T)
-        still = _floored(per_kv_head(known.site, each * stand_in.abs().square()).T)
+        omega = raised(per_kv_head(known.site, each).T)
+        still = raised(per_kv_head(known.site, each * stand_in.abs().square()).T)
         # E|e^{iθΔ} - c|² of the chosen constant
         miss = 1 - 2 * (stand_in.conj() * known.stand_in).real + stand_in.abs().square()
         lost = per_kv_head(known.site, each * miss).T / omega
         omega, still = omega.sqrt(), still.sqrt()
         weighted = gram * omega[:, :, None] * omega[:, None, :]
-        values, u = torch.linalg.eigh((weighted + weighted.conj().transpose(1, 2)) / 2)
+        values, u = eigh((weighted + weighted.conj().transpose(1, 2)) / 2)
         gain = 0.5 * values.clamp(min=0) * torch.einsum("jia,ji->ja", u.abs().square(), lost)
         return Channels(omega, still, u, gain)
 
@@ -146,19 +145,19 @@ class Absorber:
         """(rows, rank) orthonormal: the directions of N y that hold most."""
         root = self._root(mean_phase, rank)
         if root is None:
-            _, vectors = decomposed(self._gram(features))
+            _, vectors = eigh(self._gram(features))
             return vectors[:, len(vectors) - rank :].flip(1)
         rows = features.rows @ root
-        _, vectors = decomposed(rows.T @ rows)
-        return torch.linalg.qr(rows @ vectors[:, vectors.shape[1] - rank :].flip(1))[0]
+        _, vectors = eigh(rows.T @ rows)
+        return orthonormal(rows @ vectors[:, vectors.shape[1] - rank :].flip(1))
 
     def _values(self, features: _Features, mean_phase: bool) -> Tensor:
         """(features,) the moments of N y along all directions, least first."""
         root = self._root(mean_phase, 0)
         if root is None:
-            return torch.linalg.eigvalsh(self._gram(features)).clamp(min=0)
+            return eigvalsh(self._gram(features)).clamp(min=0)
         rows = features.rows @ root
-        values = torch.linalg.eigvalsh(rows.T @ rows).clamp(min=0)
+        values = eigvalsh(rows.T @ rows).clamp(min=0)
         few = len(self.known.mean) - len(values)
         if not few:
             return values
@@ -185,7 +184,7 @@ class Absorber:
 
     def _subspace(self, mean_phase: bool, size: int) -> Tensor:
         features = self._features(Setting(1.0, mean_phase, 0))
-        values, vectors = decomposed(self._gram(features))
+        values, vectors = eigh(self._gram(features))
         half = vectors[:, -size:] * values[-size:].clamp(min=0).sqrt()
         return torch.block_diag(*features.up_k, *features.up_v) @ half
 
@@ -273,13 +272,6 @@ class _Features:
     up_v: Tensor
 
 
-def decomposed(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, least first, and eigenvectors. Through numpy, whose LAPACK takes a quarter of the time of torch's at
-    2048 rows."""
-    values, vectors = np.linalg.eigh(gram.numpy())
-    return torch.from_numpy(values), torch.from_numpy(vectors)
-
-
 def balanced(latents: Latents, second: Tensor) -> Latents:
     """The same with cached numbers of mean square 1, for the sake of short number formats."""
 
@@ -303,17 +295,6 @@ def balanced(latents: Latents, second: Tensor) -> Latents:
         up_k=None if latents.up_k is None else latents.up_k / c,
         key_norm=latents.key_norm,
     )
-
-
-def rooted(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric roots of (g, n, n) and their inverses; what is nothing beside the layer's largest is raised to it."""
-    values, vectors = torch.linalg.eigh((metric + metric.transpose(1, 2)) / 2)
-    values = _floored(values).sqrt()
-    return tuple(vectors @ (v[..., None] * vectors.transpose(1, 2)) for v in (values, 1 / values))  # type: ignore[return-value]
-
-
-def _floored(x: Tensor) -> Tensor:
-    return x.clamp(min=max(FLOOR * float(x.max()), TINY)) if x.numel() else x
 
 
 def _start(rope: object) -> Tensor:

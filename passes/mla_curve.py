@@ -46,7 +46,7 @@ def absorbed_sizes(absorber: Absorber, share: int) -> Closed[Setting]:
 
 def rebuilt_sizes(closed: Rebuilder) -> Closed[Way]:
     """Of the rebuilt form, whose way serves all sizes."""
-    return Closed(closed.seen, search_way, lambda way, _: (way,), closed.latents)
+    return Closed(closed.seen, lambda lost: search_way(lost, closed.seen.site), lambda way, _: (way,), closed.latents)
 
 
 @dataclass(frozen=True, eq=False)

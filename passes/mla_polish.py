@@ -13,8 +13,10 @@ from torch import Tensor
 
 from codegen.eager import rotated
 from codegen.latent import rotation
+from passes.eigen import eigh
 from passes.gauss_newton import INNER, Problem
 from passes.mla_scene import REAL, Scene
+from passes.moments import SCORES
 from passes.polish_scene import capped
 from passes.refit import flat, shaped
 from rewrite.heads import Latents, Weights
@@ -91,7 +93,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 def _root(gram: Tensor) -> Tensor:
     """The symmetric root; directions that hold nothing are raised, so that there is a way back."""
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    values, vectors = eigh((gram + gram.mT) / 2)
     size = values.mean(-1, keepdim=True).clamp(min=1e-30)
     return (vectors * (values.clamp(min=0) + RIDGE * size).sqrt()[..., None, :]) @ vectors.mT
 
@@ -123,12 +125,18 @@ def work(stage: Sequence[Scene], latents: Latents, steps: int, tokens: int, ever
     """Floating point operations of the steps on `tokens` tokens like those of the stage, with one query of `every`."""
     width = latents.rank + latents.rope_dim
     each = sum(
-        2 * s.added.numel() * min(1.0, len(s.keys_at) / every / len(s.at)) * (s.q.shape[-1] + latents.rope_dim + value)
+        2 * _scores(s, every) * (s.q.shape[-1] + latents.rope_dim + value)
         + 2 * s.y.shape[0] * s.y.shape[1] * (s.y.shape[2] * width + latents.read.numel() + latents.up_v.numel())
         for s in stage
         for value in latents.up_v.shape[1:2]
     )
     return 3 * each * steps * INNER * tokens / sum(s.y.shape[0] * s.y.shape[1] for s in stage)
+
+
+def _scores(scene: Scene, every: int) -> float:
+    """Scores of a scene's windows with one query of `every`, or as many as a scene holds of one window."""
+    windows, heads, _, keys = scene.added.shape
+    return windows * min(heads * keys * keys / every, SCORES)
 
 
 def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: int) -> Polished:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from passes.eigen import eigh, eigvalsh, rooted
 from passes.gqa_source import PRIOR
-from passes.mla_absorb import balanced, rooted
+from passes.mla_absorb import balanced
 from passes.mla_influence import Influence, influence, mixed, query_metric
 from passes.mla_scene import Scene
-from passes.mla_search import ALONE, Trials, search_factor
+from passes.mla_search import ALONE, WIDE_FACTORS, Trials, search_factor, wide
 from passes.mla_source import Known, known, per_kv_head
 from passes.moments import divisor, raw_gram
 from rewrite.heads import KeyNorm, Latents, Weights
@@ -64,7 +65,7 @@ class Rebuilder:
 
     def losses(self, way: Way) -> Tensor:
         """(features + 1,) expected squared error of the output, to first order, for every rank from 0 on."""
-        values = torch.linalg.eigvalsh(self._gram(way, self._roots(way)[0])).clamp(min=0)
+        values = eigvalsh(self._gram(way, self._roots(way)[0])).clamp(min=0)
         return torch.cat([values.cumsum(0).flip(0), torch.zeros(1, dtype=values.dtype)])
 
     def enough(self, keep: float, full: int) -> int:
@@ -77,7 +78,7 @@ class Rebuilder:
         """The maps with `rank` numbers a token."""
         site, keys = self.seen.site, self.seen.keys
         root, back = self._roots(way)
-        _, vectors = torch.linalg.eigh(self._gram(way, root))
+        _, vectors = eigh(self._gram(way, root))
         u = vectors[:, len(vectors) - rank :].flip(1)
         up, kv = back @ u, list(site.kv_of)
         none = torch.zeros(site.heads, 0, site.k.dim, dtype=torch.float64)
@@ -109,9 +110,13 @@ class Rebuilder:
         return root * factor[:, None], back / factor
 
 
-def search_way(error: Callable[[Way], float]) -> Way:
-    """The way with the least measured error: a factor first, then other moments, then every error alike."""
+def search_way(error: Callable[[Way], float], site: Site) -> Way:
+    """The way with the least measured error: a factor first, then other moments, then every error alike; of wide
+    sites few of them, as each takes an eigendecomposition."""
     trials = Trials(error)
+    if wide(site):
+        now = trials.best(Way(f) for f in WIDE_FACTORS)
+        return trials.best([replace(now, moments="plain")])
     now = search_factor(trials, Way)
     now = trials.best([replace(now, moments="plain")])
     return trials.best(Way(1.0, False, moments) for moments in ("plain", "white"))

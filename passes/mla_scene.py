@@ -24,6 +24,12 @@ ROWS = 2
 """Queries for each unknown of an output, at the least, of the refit."""
 MOMENTS = 1 << 37
 """Multiplications that the moments of a refit may take where that is more."""
+SPARSE = 2
+"""Tokens that are read for each query of a refit, at the most."""
+TRIAL_TOKENS = 4096
+"""Calibration tokens on which settings are measured."""
+TRIAL_SCORES = 1 << 24
+"""Scores of one window that they are measured on, at the most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +79,11 @@ class Scene:
         return attention(latents, self.site, self.q, y, added=self.added, sink=self.sink, q_at=self.at)
 
 
-def scenes(stats: Stats, source: Weights, limit: int | None = None, every: int = 1) -> Iterator[Scene]:
+def scenes(
+    stats: Stats, source: Weights, limit: int | None = None, every: int = 1, most: int = SCORES
+) -> Iterator[Scene]:
     """The calibration, one scene a batch: all of it, or some windows of every batch, about `limit` tokens in all; one
-    query of `every`."""
+    query of `every`, and of a window no more than `most` scores."""
     share = 1.0 if limit is None else min(1.0, limit / max(stats.tokens, 1))
     tokens = seen = 0
     for whole in stats.batches():
@@ -84,16 +92,26 @@ def scenes(stats: Stats, source: Weights, limit: int | None = None, every: int =
         tokens += take * batch.q.shape[2]
         held = max(1, SCORES // (batch.q.shape[1] * batch.q.shape[2] * batch.k.shape[2]))
         for first in range(0, take, held):
-            yield _scene(batch, slice(first, min(first + held, take)), source, every, seen)
+            windows = slice(first, min(first + held, take))
+            for at in _queries(batch, windows.stop - windows.start, every, most):
+                yield _scene(batch, windows, at, source, seen)
         seen += take
         if limit is not None and tokens >= limit:
             return
 
 
-def _scene(batch: SiteBatch, windows: slice, source: Weights, every: int, before: int) -> Scene:
-    """Some windows; where one alone has more scores than `SCORES`, fewer of its queries."""
-    count, (_, heads, t, _), s = windows.stop - windows.start, batch.q.shape, batch.k.shape[2]
-    at = torch.arange(0, t, max(every, -(-count * heads * t * s // SCORES)))
+def _queries(batch: SiteBatch, windows: int, every: int, most: int) -> Iterator[Tensor]:
+    """Queries that are looked at, those of one scene at a time: one holds no more scores than `SCORES`."""
+    (_, heads, t, _), s = batch.q.shape, batch.k.shape[2]
+    at = torch.arange(0, t, max(every, -(-heads * t * s // most)))
+    parts = max(1, round(windows * heads * len(at) * s / SCORES))
+    for i in range(parts):
+        yield at[i::parts]
+
+
+def _scene(batch: SiteBatch, windows: slice, at: Tensor, source: Weights, before: int) -> Scene:
+    """Some windows and some of their queries."""
+    count, t = windows.stop - windows.start, batch.q.shape[2]
     seen = trial(batch, windows, at, REAL)
     out = torch.einsum("bhtd,ohd->bto", seen.original(), source.out.to(REAL))
     y = seen.y
@@ -120,12 +138,26 @@ def _scene(batch: SiteBatch, windows: slice, source: Weights, every: int, before
     )
 
 
+def stage_of(stats: Stats, source: Weights) -> list[Scene]:
+    """The scenes on which settings are measured."""
+    return [*scenes(stats, source, TRIAL_TOKENS, most=TRIAL_SCORES)]
+
+
+def refit_scenes(stats: Stats, source: Weights, site: Site) -> Iterator[Scene]:
+    """The scenes on which the output projection is refitted."""
+    every = min(SPARSE, refit_every(site, stats.tokens))
+    return scenes(stats, source, SPARSE * _rows(site), every, most=1 << 62)
+
+
 def refit_every(site: Site, tokens: int) -> int:
-    """One query of so many is enough to refit the output projection: `ROWS` for each of its inputs, and more where
-    their moments cost little."""
+    """One query of so many is enough to refit the output projection."""
+    return max(1, tokens // _rows(site))
+
+
+def _rows(site: Site) -> int:
+    """Queries of a refit: `ROWS` for each of its inputs, and more where their moments cost little."""
     inputs = site.heads * site.v.dim
-    rows = max(ROWS * inputs, MOMENTS // inputs**2)
-    return max(1, tokens // rows)
+    return max(ROWS * inputs, MOMENTS // inputs**2)
 
 
 def measure(stage: Iterable[Scene], latents: Latents, weights: Weights) -> Measured:

@@ -9,7 +9,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from passes.mla_absorb import Absorber, Setting
-from passes.mla_shape import Shape, lossless, turning
+from passes.mla_shape import Shape, features, lossless, turning
+from rewrite.site import Site
 
 FACTORS = (0.1, 1.0, 10.0)
 """Factors of the keys' errors that are measured first; then those between and beyond, while it helps."""
@@ -54,14 +55,14 @@ def resized(absorber: Absorber, setting: Setting, total: int, other: int) -> set
 
 def grid(absorber: Absorber, total: int) -> Sequence[int]:
     """Even numbers of turned channels from 0 to as many as there can be; of wide sites fewer."""
-    points = GRID // 2 if wide(absorber) else GRID
+    points = GRID // 2 if wide(absorber.known.site) else GRID
     top = min(total - 1, turning(absorber.known.site)) // 2 * 2
     return sorted({round(i * top / points / 2) * 2 for i in range(points + 1)})
 
 
-def wide(absorber: Absorber) -> bool:
+def wide(site: Site) -> bool:
     """Every trial takes seconds."""
-    return len(absorber.known.mean) > WIDE
+    return features(site) > WIDE
 
 
 def enough(absorber: Absorber, keep: float) -> Shape:
@@ -97,7 +98,7 @@ class Trials(Generic[S]):
 def search(absorber: Absorber, total: int, rope_dim: int | None, error: Callable[[Setting], float]) -> Setting:
     """Factor, then stand-in, then split, each with the least measured error."""
     trials = Trials(error)
-    if wide(absorber):
+    if wide(absorber.known.site):
         start = settings(absorber, total, 1.0, rope_dim)
         now = trials.best(replace(start, factor=f) for f in WIDE_FACTORS)
         step = max(grid(absorber, total)) // GRID // 2 * 2

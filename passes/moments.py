@@ -38,6 +38,8 @@ class SiteBatch:
     """`p` of some windows and some queries, where it can be had without the others: a long window's are gigabytes."""
     back: Tensor | None = None
     """(features, keys and values) from keys and values to y, where they share fewer numbers (passes/mla_basis.py)"""
+    apart: bool = False
+    """Whether windows are known to stand apart (`windowed`)."""
 
     def some(self, windows: slice, queries: Tensor) -> Tensor:
         """(windows, h, queries, s) of `p`."""
@@ -128,6 +130,8 @@ def turns(batch: SiteBatch) -> Tensor:
 
 def windowed(batch: SiteBatch) -> SiteBatch:
     """The batch with its windows apart: a projection that takes rows of tokens gives one window of all of them."""
+    if batch.apart:
+        return batch
     if batch.part is None:
         p = batch.p()
         batch = replace(batch, p=lambda: p)
@@ -138,7 +142,7 @@ def windowed(batch: SiteBatch) -> SiteBatch:
         return x if x.shape[0] == windows else x.squeeze(0).unflatten(1, (windows, -1)).transpose(0, 1)
 
     u = {n: x if x.shape[0] == windows else x.reshape(windows, -1, x.shape[-1]) for n, x in batch.u.items()}
-    return replace(batch, u=u, q=apart(batch.q), k=apart(batch.k), v=apart(batch.v))
+    return replace(batch, u=u, q=apart(batch.q), k=apart(batch.k), v=apart(batch.v), apart=True)
 
 
 NEEDS: Mapping[str, Callable[[SiteBatch], Tensor]] = {

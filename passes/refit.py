@@ -22,6 +22,8 @@ WORTH = 1e-3
 WIDE = 1024
 SKETCH = 256
 """Of more than `WIDE` outputs, on how many sums of them the ridge is chosen."""
+HELD_ROWS = 2048
+"""Rows that are multiplied at once where there are more than `WIDE` inputs."""
 EXACT = 1e-13
 """Relative error below which there is nothing to repair but rounding."""
 HELD_BACK = 4
@@ -65,23 +67,50 @@ def measure(stats: Stats, weights: Weights, kv_of: tuple[int, ...], batches: int
 
 def measured(trials: Iterable[tuple[Tensor, Tensor]], biased: bool) -> Measured:
     """The sums of trials: the heads' outputs (tokens, heads, dim), and the original's y (tokens, outputs)."""
-    fit: Sums | None = None
-    held: Sums | None = None
+    fit, held = _Adding(), _Adding()
     for z, y in trials:
         rows = with_one(z.double().flatten(1), biased)
         cut = len(rows) - len(rows) // HELD_BACK
-        first, second = sums(rows[:cut], y[:cut]), sums(rows[cut:], y[cut:])
-        fit, held = first if fit is None else fit + first, second if held is None else held + second
-    if fit is None or held is None:
-        raise ValueError("the calibration holds no batch")
-    return Measured(fit, held)
+        fit.take(rows[:cut], y[:cut])
+        held.take(rows[cut:], y[cut:])
+    return Measured(fit.all(), held.all())
+
+
+class _Adding:
+    """Sums of rows as they come. Of wide sites the moments are larger than a batch's rows: these are held until there
+    are enough of them, and are then multiplied at once."""
+
+    def __init__(self) -> None:
+        self.total: Sums | None = None
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+
+    def take(self, z: Tensor, y: Tensor) -> None:
+        """Rows z (n, h*d [+ 1]) and y (n, outputs)."""
+        self.waiting.append((z, y) if z.shape[1] <= WIDE else (z.float(), y.float()))
+        if z.shape[1] <= WIDE or sum(len(rows) for rows, _ in self.waiting) >= HELD_ROWS:
+            self._add()
+
+    def all(self) -> Sums:
+        """The sums of all that was taken."""
+        self._add()
+        if self.total is None:
+            raise ValueError("the calibration holds no batch")
+        return self.total
+
+    def _add(self) -> None:
+        if self.waiting:
+            more = sums(*(torch.cat(rows) for rows in zip(*self.waiting, strict=True)))
+            self.total = more if self.total is None else self.total + more
+            self.waiting = []
 
 
 def output_error(trials: Iterable[tuple[Tensor, Tensor]], weights: Weights) -> float:
     """Squared error of the attention's output relative to the output's energy; trials are (heads' outputs, y)."""
     wrong = total = 0.0
+    # a wide site's products take seconds; single precision rounds far below what any conversion loses
+    short = len(weights.out) > WIDE and weights.out[0].numel() > WIDE
     for z, y in trials:
-        made = torch.einsum("nhd,ohd->no", z, weights.out)
+        made = torch.einsum("nhd,ohd->no", *(x.float() if short else x for x in (z, weights.out)))
         made = made if weights.out_bias is None else made + weights.out_bias
         wrong += float((made - y).square().sum())
         total += float(y.square().sum())
@@ -91,10 +120,10 @@ def output_error(trials: Iterable[tuple[Tensor, Tensor]], weights: Weights) -> f
 def refit(weights: Weights, seen: Measured) -> tuple[Weights, str | None]:
     """The weights with the output projection refitted, and a note where unseen tokens spoke against it."""
     there, held = flat(weights), seen.held
-    fit_lack, held_lack = seen.fit.lack(there), held.lack(there)
+    held_lack = held.lack(there)
     energy = max(held.yy, 1e-300)
     before = max(held.yy - float((there * held.yz).sum()) - float((there * held_lack).sum()), 0.0) / energy
-    fit_few, held_few = sketched(fit_lack), sketched(held_lack)
+    fit_few, held_few = sketched(seen.fit.yz) - sketched(there) @ seen.fit.zz, sketched(held_lack)
 
     def gain(ridge: float) -> float:
         change = corrected(fit_few, seen.fit.zz, ridge)
@@ -107,7 +136,8 @@ def refit(weights: Weights, seen: Measured) -> tuple[Weights, str | None]:
             weights,
             f"output projection left as it was: refitting it gave {after:.3g} on unseen text, not {before:.3g}",
         )
-    return shaped(weights, there + corrected(fit_lack.add_(held_lack), seen.fit.zz + held.zz, ridge)), None
+    del held_lack
+    return shaped(weights, solved(there, seen.fit + held, ridge)), None
 
 
 def sketched(lack: Tensor) -> Tensor:
@@ -146,7 +176,12 @@ def with_one(rows: Tensor, biased: bool) -> Tensor:
 def sums(z: Tensor, y: Tensor) -> Sums:
     """The moments of rows z (tokens, h*d [+ 1]) and y (tokens, outputs)."""
     y = y.double()
-    return Sums(z.T @ z, y.T @ z, float(y.square().sum()), len(z))
+    return Sums(_product(z, z), _product(y, z), float(y.square().sum()), len(z))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Sums over rows; of wide sites within a batch in single precision, whose rounding is far below every ridge."""
+    return a.T @ b if b.shape[1] <= WIDE else (a.float().T @ b.float()).double()
 
 
 def head_rows(z: Tensor, biased: bool) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from passes import Stats
+from passes.eigen import eigh
 from passes.mla_scene import Scene, scenes
 from passes.tune_heads import HeadsTuned, RowScene, with_rows
 from passes.tune_latent import LatentTuned
@@ -117,7 +118,7 @@ def _moments(tuned: Tuned, stage: Sequence[Scene]) -> dict[str, Tensor]:
 
 def _root(gram: Tensor) -> Tensor:
     """The symmetric root of mean square 1, float32."""
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    values, vectors = eigh((gram + gram.mT) / 2)
     values = values.clamp(min=0) / values.mean(-1, keepdim=True).clamp(min=1e-30) + FLOOR
     return ((vectors * values.sqrt()[..., None, :]) @ vectors.mT).float()
 
