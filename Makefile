@@ -24,6 +24,8 @@ lint: .venv
 bench-quality: .venv
 	$(BIN)/python -m bench.quality
 	$(BIN)/python -m bench.mla
+	$(BIN)/python -m bench.ablation
+	$(BIN)/python -m bench.tuned
 
 coverage: .venv
 	$(BIN)/python -m bench.coverage

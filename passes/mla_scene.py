@@ -101,12 +101,11 @@ def scenes(
 
 
 def _queries(batch: SiteBatch, windows: int, every: int, most: int) -> Iterator[Tensor]:
-    """Queries that are looked at, those of one scene at a time: one holds no more scores than `SCORES`."""
+    """Queries that are looked at, those of one scene at a time: one holds about `SCORES` scores."""
     (_, heads, t, _), s = batch.q.shape, batch.k.shape[2]
     at = torch.arange(0, t, max(every, -(-heads * t * s // most)))
-    parts = max(1, round(windows * heads * len(at) * s / SCORES))
-    for i in range(parts):
-        yield at[i::parts]
+    # one after the other, so that the first ones need only the first keys
+    yield from at.tensor_split(max(1, round(windows * heads * len(at) * s / SCORES)))
 
 
 def _scene(batch: SiteBatch, windows: slice, at: Tensor, source: Weights, before: int) -> Scene:

@@ -69,10 +69,13 @@ def trial(
     batch = windowed(batch)
     site, (t, s) = batch.site, (batch.q.shape[2], batch.k.shape[2])
     of = torch.arange(t) if queries is None else queries
-    at, at_q = torch.arange(s), of + s - t
+    exact, at_q = batch.some(windows, of)[..., :s], of + s - t
+    # keys behind the last one that is seen, as a causal mask leaves them, would only cost time
+    seen = (exact.amax((0, 1, 2)) > 0).nonzero()
+    last = int(seen[-1]) + 1 if len(seen) else s
+    exact, at = exact[..., :last], torch.arange(last)
     q = (batch.q[windows][:, :, of] * (uniform(site.q.after) * uniform(site.k.after))).to(dtype)
-    k, v = batch.k[windows].to(dtype), batch.v[windows].to(dtype)
-    exact = batch.some(windows, of)[..., :s]
+    k, v = batch.k[windows][:, :, :last].to(dtype), batch.v[windows][:, :, :last].to(dtype)
     p = exact.to(dtype)
     turned_q = q if site.q.rope is None else rotated(site.q.rope, q, at_q)
     turned_k = k if site.k.rope is None else rotated(site.k.rope, k, at)
@@ -81,7 +84,7 @@ def trial(
     sink = None
     if any(isinstance(m, Sink) for m in site.mods):
         sink = (1 - exact.sum(-1, keepdim=True)).clamp(min=1e-300).log().to(dtype)
-    raw_k = k if site.k.norm is None else batch.raw_k[windows].to(dtype)
+    raw_k = k if site.k.norm is None else batch.raw_k[windows][:, :, :last].to(dtype)
     return Trial(site, q, k, v, raw_k, p, added, sink, at_q, batch.back)
 
 

@@ -156,7 +156,9 @@ def test_trials_of_a_wide_site_look_at_fewer_queries(monkeypatch: pytest.MonkeyP
     t, s = whole.p.shape[2:]
     monkeypatch.setattr(scene_module, "TRIAL_SCORES", h * t * s // 3)
     (few, *_) = stage_of(stats, w)
-    assert torch.equal(few.p, whole.p[:, :, ::3])
+    seen = few.p.shape[-1]
+    assert torch.equal(few.p, whole.p[:, :, ::3, :seen])
+    assert not whole.p[:, :, ::3, seen:].any()
     assert torch.equal(few.out, whole.out[:, ::3])
 
 
@@ -169,6 +171,18 @@ def test_a_wide_refit_reads_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatc
     few = [*refit_scenes(stats, w, site)]
     assert sum(int(s.keep.sum()) for s in few) >= 16
     assert sum(s.p.shape[0] * s.y.shape[1] for s in few) < stats.tokens
+
+
+def test_the_first_queries_of_a_window_need_only_the_first_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    site, w, stats = prepared()
+    whole = [*scene_module.scenes(stats, w)]
+    monkeypatch.setattr(scene_module, "SCORES", whole[0].p[0].numel() // 2)
+    parts = [*scene_module.scenes(stats, w)]
+    assert len({s.y.shape[1] for s in parts}) > 1
+    made = Absorber(known(site, w, stats.moments, stats.tokens), torch.ones(site.heads).double()).latents(
+        Setting(1.0, True, 2), 8
+    )
+    assert error(parts, made, w) == pytest.approx(error(whole, made, w), rel=1e-6)
 
 
 def test_rebuilt_wide_sites_try_few_ways(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,5 +267,5 @@ def test_table_says_what_ours_leaves_of_the_best_other() -> None:
         )
     )
     assert "| CARE (keys rebuilt) | 1.004 |" in text
-    assert "| *our excess of the best other absorbable's* | 0.30 |" in text
-    assert "| *our excess of the best other with rebuilt keys's* | 0.25 |" in text
+    assert "| *our excess over the best other's, absorbable* | 0.30 |" in text
+    assert "| *our excess over the best other's, with rebuilt keys* | 0.25 |" in text
