@@ -91,7 +91,7 @@ class GQA:
         """Merge the heads; `stats` None means weights only."""
         groups = self._groups(site)
         if groups == site.k.heads:
-            return Rewritten(site, weights, tuple(range(site.heads)))
+            return Rewritten(self.after(site), weights, tuple(range(site.heads)))
         known = facts(site, weights, None if stats is None else stats.moments)
         if self.method != "default":
             parts = _pooled(known, weights, groups, self.method == "aligned")
