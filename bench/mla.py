@@ -174,8 +174,9 @@ output projection: those rows add it, to be fair. Keys rebuilt: the cache holds 
 normed and turned at every step; all other rows decode in the latent space.
 
 "Ours" with calibration spreads the total over the layers and ends in at most five Gauss-Newton steps per site
-(`polish=0` leaves them out); [ablation.md](ablation.md) has one rank for all layers, as the published methods have. The
-last lines divide what ours loses by what the best of the others loses, its output projection refitted or not.
+(`polish=0` leaves them out); the published methods have one rank for all layers, as `spread=False` gives ours
+(`python -m bench.ablation`). The last lines divide what ours loses by what the best of the others loses, its output
+projection refitted or not.
 
 {made}
 """

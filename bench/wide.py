@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.memory import memory, reset_peak
 from codegen.eager import rotated
 from passes.calibrate import sdpa_probabilities
 from passes.gqa import GQA
@@ -184,28 +185,17 @@ class Timed:
 
 def timed(target: Any, stats: Windows | None, site: Site, weights: Weights, unseen: Windows, base: int) -> Timed:
     """Time and peak of a rewrite, and its error on tokens that calibration has not seen."""
-    held = _reset_peak()
+    held = reset_peak()
     begun, cpu = time.perf_counter(), time.process_time()
     made: Rewritten = target.rewrite(site, weights, stats)
     seconds, spent = time.perf_counter() - begun, time.process_time() - cpu
-    peak = _memory("VmHWM")
+    peak = memory("VmHWM")
     new = made.latents
     trials = unseen.latent(new) if new is not None else unseen.attend(made.weights, made.site.kv_of)
     error = output_error(trials, made.weights)
     shape = f"{new.rank} + {new.rope_dim}" if new is not None else f"{made.site.k.heads} kv heads"
     tokens = 0 if stats is None else stats.tokens
     return Timed(repr(target), tokens, seconds, spent, peak - held, peak - base, error, shape, made.notes)
-
-
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def _reset_peak() -> int:
-    """What is held now; the kernel forgets the peak before it."""
-    Path("/proc/self/clear_refs").write_text("5", "utf-8")
-    return _memory("VmRSS")
 
 
 def page(rows: Sequence[Timed], tokens: int, summed: tuple[float, float], unseen: int) -> str:
@@ -215,18 +205,15 @@ def page(rows: Sequence[Timed], tokens: int, summed: tuple[float, float], unseen
         "",
         f"Written by `python -m bench.wide --write`. {HEADS} query heads and {KV_HEADS} kv heads of {DIM} on",
         f"{WIDTH} inputs, a rope of base {BASE:.0f}, random weights; inputs whose covariance falls as 1 / i,",
-        f"{tokens} of them in windows of {LENGTH}, one a batch. Error: squared, of the attention's output over",
-        f"its energy, on {unseen} tokens that calibration has not seen. Random scores attend nearly",
-        "evenly, so that the",
-        "error says that the calibrated way was gone to its end, not what a trained model loses.",
+        f"{tokens} of them in windows of {LENGTH}, one a batch. Error: squared, of the attention's output over its",
+        f"energy, on {unseen} tokens that calibration has not seen. Random scores attend nearly evenly: the error says",
+        "that the calibrated way was gone to its end, not what a trained model loses.",
         "",
-        "Timed is `rewrite`: the search over measured trials, the closed form and the refit of the output",
-        "projection, with queries, keys, values and attention of every window computed anew each",
-        "time they are asked for. Not in",
-        f"it: reading the weights, and summing the moments, a part of calibration ({summed[0]:.0f}",
-        f"s, {summed[1]:.0f} s",
-        "of processor). Memory: the peak of the process above its imports, the layer's weights in float64 and all",
-        "inputs included, and of that what `rewrite` added.",
+        "Timed is `rewrite`: the search over measured trials, the closed form and the refit of the output projection,",
+        "with queries, keys, values and attention of every window computed anew each time they are asked for. Not in",
+        f"it: reading the weights, and summing the moments, a part of calibration ({summed[0]:.0f} s,",
+        f"{summed[1]:.0f} s of processor). Memory: the peak of the process above its imports, the layer's weights in",
+        "float64 and all inputs included, and of that what `rewrite` added.",
         "",
         f"{torch.get_num_threads()} threads on {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.1f}, these",
         f"threads included; torch {torch.__version__}, {platform.machine()}. Beside others wall time says little.",
@@ -248,7 +235,7 @@ def main() -> None:
     parser.add_argument("--gqa", action="store_true", help="merging to 4 kv heads too, which takes minutes")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    base, site, weights = _memory("VmRSS"), layer(), random_weights()
+    base, site, weights = memory("VmRSS"), layer(), random_weights()
     stats = Windows(site, weights, windows(args.tokens // LENGTH, LENGTH, 1))
     unseen = Windows(site, weights, windows(1, LENGTH, 2))
     targets: list[tuple[Any, bool]] = [(MLA(cache=0.25), True), (MLA(cache=0.25, form="rebuilt"), True)]
