@@ -3,7 +3,6 @@ docs/ablation.md."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.graph import source
-from bench.ledger import Ledger
+from bench.ledger import Ledger, arguments
 from bench.quality import CONTEXT, MODELS, ROOT
 from passes.mla import MLA
 
@@ -62,13 +61,7 @@ bench.ablation` writes this page; [mla.md](mla.md) has the weights-only rows.
 
 def main() -> None:
     """Measure, print, and write the page where everything was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=ROOT / "examples" / "models")
-    parser.add_argument("--only", choices=MODELS, action="append")
-    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
-    parser.add_argument("--windows", type=int, help="windows of held-out text; all where it is not given")
-    parser.add_argument("--results", type=Path, help="file of json lines to keep figures in and to go on from")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     torch.set_num_threads(1)
     kinds = tuple(args.only or MODELS)
     made = table(args.models, kinds, args.samples, args.windows, Ledger(args.results))

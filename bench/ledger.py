@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.graph import Source
+from bench.quality import MODELS, ROOT
 from passes.tune import Tuning
 from rewrite.site import Latent
 
@@ -68,3 +70,14 @@ class Ledger:
                 file.write(json.dumps(asdict(made)) + "\n")
         print(f"{key}: {ratio:.4f} ({made.seconds:.0f} s)", file=sys.stderr, flush=True)
         return made
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What every bench on the shipped models can be told."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=ROOT / "examples" / "models")
+    parser.add_argument("--only", choices=MODELS, action="append")
+    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
+    parser.add_argument("--windows", type=int, help="windows of held-out text; all where it is not given")
+    parser.add_argument("--results", type=Path, help="file of json lines to keep figures in and to go on from")
+    return parser

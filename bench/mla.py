@@ -7,7 +7,6 @@ docs/mla.md. With `--results FILE` what is measured is kept, line by line, and n
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.graph import Source, source
-from bench.ledger import Ledger, Measured
+from bench.ledger import Ledger, Measured, arguments
 from bench.peers import CARE, MHA2MLA, JointSVD, TransMLA, mha2mla, transmla
 from bench.quality import CONTEXT, MODELS, ROOT
 from passes.mla import MLA
@@ -184,14 +183,9 @@ projection refitted or not.
 
 def main() -> None:
     """Measure, print, and write the page where everything was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=ROOT / "examples" / "models")
-    parser.add_argument("--only", choices=MODELS, action="append")
+    parser = arguments(__doc__)
     parser.add_argument("--ratio", type=float, action="append", help="share of the source's cache, as 0.25")
-    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
-    parser.add_argument("--windows", type=int, help="windows of held-out text; all where it is not given")
     parser.add_argument("--part", choices=("ours", "published"), help="only these methods")
-    parser.add_argument("--results", type=Path, help="file of json lines to keep figures in and to go on from")
     args = parser.parse_args()
     torch.set_num_threads(1)
     kinds, caches = tuple(args.only or MODELS), tuple(args.ratio or CACHES)

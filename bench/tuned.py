@@ -6,7 +6,6 @@ tuning stand in one line only as before and after of the same target.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.graph import source
-from bench.ledger import Ledger, Measured
+from bench.ledger import Ledger, Measured, arguments
 from bench.quality import CONTEXT, MODELS, ROOT
 from passes.gqa import GQA
 from passes.mla import MLA
@@ -87,13 +86,7 @@ start that uptraining usually takes; beside it is what the same steps make of it
 
 def main() -> None:
     """Measure, print, and write the page where everything was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=ROOT / "examples" / "models")
-    parser.add_argument("--only", choices=MODELS, action="append")
-    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
-    parser.add_argument("--windows", type=int, help="windows of held-out text; all where it is not given")
-    parser.add_argument("--results", type=Path, help="file of json lines to keep figures in and to go on from")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     torch.set_num_threads(1)
     kinds = tuple(args.only or MODELS)
     made = tables(measured(args.models, kinds, args.samples, args.windows, Ledger(args.results)))
