@@ -49,6 +49,15 @@ class Stream:
         self.pins = Counter(n for s in slices for n in s.boundary)
         place = machine.place
         self.last = {n: max((place[u] for u in n.users), default=-1) for n in machine.nodes}
+        self.backs: dict[str, Tensor | None] = {}
+
+    def seen(self, part: Slice, at: int) -> SiteBatch:
+        """What a site's original weights see on batch `at`."""
+        site = part.site
+        if site.name not in self.backs:
+            # of a site whose heads share numbers the way back to them costs an inverse, the same for every batch
+            self.backs[site.name] = None if shared(site) is None else back(basis(site, gather(site, self.tensors)))
+        return site_batch(self.machine, part, self.envs[at], self.keep[at], self.tensors, self.backs[site.name])
 
     def reach(self, part: Slice) -> None:
         """Run every batch until all that the slice reads is known."""
@@ -87,10 +96,8 @@ class Stream:
 
     def _entry(self, part: Slice, batch: int, inner: Callable[[SiteBatch], Tensor]) -> Env:
         """What the output projection reads, by `inner`, in the layout that the graph has it in."""
-        env, keep = self.envs[batch], self.keep[batch]
-        local = run_slice(self.machine, part, env, {}, part.entry)
-        seen = site_batch(self.machine, part, env, keep, self.tensors)
-        return {part.entry: entered(part, local[part.entry], inner(seen))}
+        local = run_slice(self.machine, part, self.envs[batch], {}, part.entry)
+        return {part.entry: entered(part, local[part.entry], inner(self.seen(part, batch)))}
 
     def _dead(self, node: Node, at: int) -> bool:
         return self.last[node] < at and not self.pins[node]
@@ -157,8 +164,8 @@ class SiteStats:
 
     def batches(self) -> Iterator[SiteBatch]:
         """What the original weights see, batch by batch."""
-        for env, keep in zip(self.stream.envs, self.stream.keep, strict=True):
-            yield site_batch(self.stream.machine, self.part, env, keep, self.tensors)
+        for at in range(len(self.stream.envs)):
+            yield self.stream.seen(self.part, at)
 
     def _original(self, at: int, env: Env) -> Tensor:
         """Trials come by the dozen, so what the original gives is kept where it is small."""
@@ -192,8 +199,8 @@ def statistics(stream: Stream, part: Slice, needs: frozenset[str], tensors: Call
     """Collect what a target declares in `needs` at one site; the stream must have reached it."""
     sums: dict[str, Tensor] = {}
     tokens = 0
-    for env, keep in zip(stream.envs, stream.keep, strict=True):
-        batch = site_batch(stream.machine, part, env, keep, tensors)
+    for at, keep in enumerate(stream.keep):
+        batch = stream.seen(part, at)
         tokens += batch.q.shape[0] * batch.q.shape[2] if keep is None else int(keep.sum())
         for name in sorted(needs):
             term = NEEDS[name](batch)
@@ -202,9 +209,14 @@ def statistics(stream: Stream, part: Slice, needs: frozenset[str], tensors: Call
 
 
 def site_batch(
-    machine: Machine, part: Slice, env: Env, keep: Tensor | None, tensors: Callable[[str], Tensor]
+    machine: Machine,
+    part: Slice,
+    env: Env,
+    keep: Tensor | None,
+    tensors: Callable[[str], Tensor],
+    inverse: Tensor | None,
 ) -> SiteBatch:
-    """What a site's original weights see on one batch whose boundary is known."""
+    """What a site's original weights see on one batch whose boundary is known; `inverse` as in `SiteBatch.back`."""
     local = run_slice(machine, part, env, {}, part.entry)
     site = part.site
     u = {which: projected(part, local, which).double() for which in "qkv"}
@@ -216,7 +228,6 @@ def site_batch(
     def some(windows: slice, at: Tensor | None) -> Tensor:
         return _probabilities(machine, part, local, env, windows, at)
 
-    inverse = back(basis(site, gather(site, tensors))) if shared(site) is not None else None
     return SiteBatch(site, u, values["q"], values["k"], values["v"], lambda: some(ALL, None), keep, some, inverse)
 
 

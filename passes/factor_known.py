@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from passes import Stats
-from passes.eigen import rooted
 from passes.factor_shape import sides
 from passes.gqa_source import shift_invariant
-from passes.mla_influence import influence, query_metric
-from passes.mla_rebuilt import DRAWN, through, unfelt
+from passes.mla_influence import halves, influence, query_metric
+from passes.mla_rebuilt import raw_rows, through, unfelt
 from passes.mla_scene import Scene
 from passes.mla_source import known, per_kv_head
 from passes.moments import SiteBatch
@@ -74,13 +73,8 @@ def rows_known(site: Site, weights: Weights, stats: Stats | None, stage: Sequenc
 def _raw_keys(site: Site, weights: Weights, stage: Sequence[Scene], second: Tensor) -> Tensor:
     """(tokens, g, d) what the norm of the keys is given: that of the scenes, or draws of the second moment."""
     keys = site.k.rows.size
-    if stage:
-        rows = torch.cat([scene.raw.flatten(0, 1) for scene in stage])[:, :keys].double()
-    else:
-        root, _ = rooted(second[None, :keys, :keys])
-        draw = torch.Generator().manual_seed(0)
-        rows = torch.randn(DRAWN, keys, generator=draw, dtype=torch.float64) @ root[0] + _bias(weights.k)
-    return rows.unflatten(1, (site.k.heads, -1))
+    rows = raw_rows(stage, second[:keys, :keys], site.k.heads)
+    return rows if stage else rows + _bias(weights.k).unflatten(0, (site.k.heads, -1))
 
 
 def keys_free(site: Site, weights: Weights) -> bool:
@@ -107,12 +101,10 @@ def _scaled(cost: Tensor, gain: Tensor) -> Tensor:
 
 
 def _mixed(spread: Tensor, within: Tensor, gain: Tensor) -> Tensor:
-    """Half the moments of all tokens, half those inside one query's attention, of equal trace: the latter are of what
-    stands behind the gain."""
+    """Half the moments of all tokens, half those inside one query's attention: the latter are of what stands behind the
+    gain."""
     back = torch.where(gain == 0, torch.zeros_like(gain), 1 / gain)
-    within = within * back[:, None] * back
-    size = spread.diagonal().sum() / within.diagonal().sum().clamp(min=1e-300)
-    return (spread + within * size) / 2
+    return halves(spread, within * back[:, None] * back)
 
 
 def _moments(site: Site, weights: Weights, stats: Stats | None) -> tuple[Tensor, Tensor]:

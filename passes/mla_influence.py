@@ -64,8 +64,12 @@ def influence(stage: Iterable[Scene], known: Known, raw: bool = False) -> Influe
 
 
 def mixed(known: Known, within: Tensor) -> Tensor:
-    """(features, features): half the moments of all tokens, half those inside one query's attention, of equal trace."""
-    spread = known.spread
+    """(features, features): half the moments of all tokens, half those inside one query's attention."""
+    return halves(known.spread, within)
+
+
+def halves(spread: Tensor, within: Tensor) -> Tensor:
+    """Half the one and half the other, of equal trace."""
     size = spread.diagonal().sum() / within.diagonal().sum().clamp(min=1e-300)
     return (spread + within * size) / 2
 

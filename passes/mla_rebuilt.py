@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -105,9 +106,15 @@ class Rebuilder:
         factor[:keys] = way.factor**0.5
         if not way.priced:
             return factor.diag(), (1 / factor).diag()
+        root, back = self._priced
+        return root * factor[:, None], back / factor
+
+    @cached_property
+    def _priced(self) -> tuple[Tensor, Tensor]:
+        """The same at factor 1, for every way."""
         parts = zip(rooted(self.key_cost), rooted(self.value_cost), strict=True)
         root, back = (torch.block_diag(*k, *v) for k, v in parts)
-        return root * factor[:, None], back / factor
+        return root, back
 
 
 def search_way(error: Callable[[Way], float], site: Site) -> Way:
@@ -145,7 +152,7 @@ def rebuilder(site: Site, weights: Weights, stats: Stats | None, stage: Sequence
     felt = influence(stage, behind, raw=norm is not None) if stage else unfelt(behind)
     key_cost = per_kv_head(site, query_metric(behind) * felt.score_cost[:, None, None])
     if norm is not None:
-        key_cost = through(norm, key_cost, _raw_rows(stage, seen))
+        key_cost = through(norm, key_cost, raw_rows(stage, seen.second[: seen.keys, : seen.keys], site.k.heads))
     white, prior = cached_rows(site, weights, None).spread, PRIOR * len(seen.mean) / max(tokens, 1)
 
     def with_prior(second: Tensor) -> Tensor:
@@ -170,15 +177,15 @@ def unfelt(seen: Known) -> Influence:
     return Influence(seen.score_cost, torch.ones_like(seen.score_cost), torch.zeros_like(seen.second))
 
 
-def _raw_rows(stage: Sequence[Scene], seen: Known) -> Tensor:
-    """(tokens, g, d) raw keys: those of the scenes, or draws of the moments that the weights say."""
+def raw_rows(stage: Sequence[Scene], second: Tensor, heads: int) -> Tensor:
+    """(tokens, g, d) raw keys: those of the scenes, or draws of their second moment (g*d, g*d)."""
     if stage:
-        rows = torch.cat([scene.raw.flatten(0, 1) for scene in stage])[:, : seen.keys].double()
+        rows = torch.cat([scene.raw.flatten(0, 1) for scene in stage])[:, : len(second)].double()
     else:
-        root, _ = rooted(seen.second[None, : seen.keys, : seen.keys])
+        root, _ = rooted(second[None])
         make = torch.Generator().manual_seed(0)
-        rows = torch.randn(DRAWN, seen.keys, generator=make, dtype=torch.float64) @ root[0]
-    return rows.unflatten(1, (seen.site.k.heads, -1))
+        rows = torch.randn(DRAWN, len(second), generator=make, dtype=torch.float64) @ root[0]
+    return rows.unflatten(1, (heads, -1))
 
 
 def through(norm: KeyNorm, cost: Tensor, raw: Tensor) -> Tensor:

@@ -160,19 +160,15 @@ def solved(out: Tensor, sums: Sums, ridge: float) -> Tensor:
     """The refitted projection, (outputs, h*d [+ 1])."""
     if len(out) > WIDE:
         # the same without the largest product; what rounding it costs is far below what a wide site is measured to
-        return _solve(sums.yz + _load(sums.zz, ridge) * out, sums.zz, ridge)
+        return corrected(sums.yz + _load(sums.zz, ridge) * out, sums.zz, ridge)
     return out + corrected(sums.lack(out), sums.zz, ridge)
 
 
 def corrected(lack: Tensor, zz: Tensor, ridge: float) -> Tensor:
     """What to add to a projection that leaves `lack` (rows, h*d [+ 1])."""
-    return _solve(lack, zz, ridge)
-
-
-def _solve(rows: Tensor, zz: Tensor, ridge: float) -> Tensor:
     loaded = (zz + zz.T) / 2
     loaded.diagonal().add_(_load(zz, ridge))
-    return torch.cholesky_solve(rows.T, torch.linalg.cholesky(loaded)).T
+    return torch.cholesky_solve(lack.T, torch.linalg.cholesky(loaded)).T
 
 
 def _load(zz: Tensor, ridge: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,15 +11,21 @@ from rewrite.heads import KeyNorm, Weights
 from rewrite.site import Affine, Operand, Site
 
 
+def common(paths: Sequence[str]) -> str:
+    """The deepest module path that all lie in."""
+    parts = [path.split(".") if path else [] for path in paths]
+    shared: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
 def owner(site: Site) -> str:
     """The module that holds all projections of the site."""
-    paths = [r.tensor.split(".")[:-2] for o in (site.q, site.k, site.v) for r in o.roots]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
+    tensors = [r.tensor for o in (site.q, site.k, site.v) for r in o.roots]
+    return common([".".join(tensor.split(".")[:-2]) for tensor in tensors])
 
 
 def key_norm_module(site: Site) -> str:

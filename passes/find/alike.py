@@ -14,10 +14,11 @@ from passes.canonicalise import Graph, by_value, is_absent, shape_of
 from passes.find.anchor import Anchor, Scan
 from passes.find.execute import Unknown, constant
 from passes.find.lift import Lifting, Region
-from passes.find.names import common, module_path, owner, where
+from passes.find.names import module_path, owner, where
 from passes.find.output import ahead
 from passes.find.roots import transparent
 from passes.find.streams import same_tokens
+from rewrite.modules import common
 from rewrite.site import Affine, Operand, Output, Root, Sink
 
 MANY = 4000

@@ -15,13 +15,14 @@ from passes.find.far import beyond
 from passes.find.farther import confirm
 from passes.find.law import Asked, Law, law, mask, mods, scale_of
 from passes.find.leads import Leads, leads
-from passes.find.names import common, module_path, where
+from passes.find.names import module_path, where
 from passes.find.operands import Triple, triple
 from passes.find.output import ahead, output
 from passes.find.region import positions, region
 from passes.find.roots import NotLifted
 from passes.find.streams import same_tokens
 from passes.find.validate import Setting, validate
+from rewrite.modules import common
 from rewrite.site import Affine, Dense, Grouped, Operand, Proof, Site
 
 

@@ -32,17 +32,6 @@ def owner(path: str, tensor: str) -> str:
     return parent if parent and path == parent else ""
 
 
-def common(paths: Sequence[str]) -> str:
-    """The deepest module path that all lie in."""
-    parts = [path.split(".") if path else [] for path in paths]
-    shared: list[str] = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    return ".".join(shared)
-
-
 def numbered(names: Sequence[str]) -> list[str]:
     """Names made distinct: "#1", "#2", ... follow where several are equal."""
     seen: dict[str, int] = {}

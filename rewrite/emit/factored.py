@@ -19,11 +19,11 @@ from rewrite.emit import runtime
 from rewrite.emit.choose import Changes, Emitted, padded, unfit
 from rewrite.emit.edits import edited
 from rewrite.emit.files import dress
-from rewrite.emit.observe import owner
 from rewrite.emit.twin import as_before, in_float, put, table, twin
 from rewrite.emit.validate import differs, unsteady
 from rewrite.emit.view import runs
 from rewrite.layout import Edits
+from rewrite.modules import owner
 from rewrite.site import Site
 
 Recipe = dict[str, Any]

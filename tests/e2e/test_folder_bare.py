@@ -58,11 +58,7 @@ def test_bare_process(tmp_path: Path) -> None:
     for name, target in LATENT:
         _, given, made = latent(name, target)
         emitted[f"{name}-{target.form}"] = made.model, {n: v for n, v in given.items() if n != "use_cache"}
-    for name, (made, given) in emitted.items():
-        folder = tmp_path / "models" / name / "half.of.it"
-        made.save_pretrained(folder)
-        for_older_readers(folder)
-        torch.save(given, folder.parent / "inputs.pt")
+    bare.write(tmp_path / "models", emitted, "half.of.it")
     done = bare.run(CHILD, str(tmp_path / "models"))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, (made, given) in emitted.items():

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from passes.mla import MLA
-from rewrite.emit.reading import for_older_readers
 from tests import bare
 from tests.contract.test_factored import captured, made
 
@@ -39,11 +38,7 @@ def test_bare_process(tmp_path: Path) -> None:
         _, given, _, _ = captured(name)
         model, _ = made(name, target, full=full)
         cases[f"{name}-{full}"] = model, {n: v for n, v in given.items() if n != "use_cache"}
-    for name, (model, given) in cases.items():
-        folder = tmp_path / "models" / name / "first"
-        model.save_pretrained(folder)
-        for_older_readers(folder)
-        torch.save(given, folder.parent / "inputs.pt")
+    bare.write(tmp_path / "models", cases, "first")
     done = bare.run(CHILD, str(tmp_path / "models"))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, (model, given) in cases.items():
