@@ -70,14 +70,6 @@ class _Work:
         return Proven({n: self.recipes[n] for n in names}, edits, tensors, self.refused, notes)
 
 
-def emit_factored(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]) -> Emitted:
-    """A new model with the rewritten sites' factors; `model` is not written to.
-
-    `changes` is site name -> (source site, rewritten with factors), `inputs` keyword arguments of one forward.
-    """
-    return shipped(model, proven(model, changes, inputs))
-
-
 def shipped(model: PreTrainedModel, done: Proven) -> Emitted:
     """A model of its own, made by the generated file's text."""
     why = {n: (r,) for n, r in done.refused.items()}
