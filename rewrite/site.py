@@ -8,7 +8,7 @@ Letters for the whole project: b batch, h query heads, g kv heads, t query token
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,8 @@ def digest(value: Any) -> str:
             state.update(type(x).__name__.encode())
             for f in fields(x):
                 feed(getattr(x, f.name))
+        elif isinstance(x, Mapping):
+            feed(sorted(x.items()))
         elif isinstance(x, (tuple, list)):
             state.update(f"({len(x)}".encode())
             for item in x:
