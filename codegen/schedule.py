@@ -1,0 +1,213 @@
+"""Which tiles of the other axis a tile of queries, or of keys, has to visit, as closed-form integer expressions.
+
+For a tile of one axis every conjunction of the mask gives two intervals of the other: positions where some pair is
+allowed and positions where every pair is. Rounded outward and inward to tiles, their unions are what is visited and what
+needs no masking. Unions of runs of numbers that are only known at run time are made by sorting the ends: the sum of the
+runs' indicators does not change when begins and ends are paired anew in sorted order, and a difference of two nested
+unions is the same with the inner one's ends taken as begins. Sorting a fixed number of scalars is minima and maxima, so
+one kernel serves every length, head and row, and nothing of the mask's size is ever made.
+
+A remainder of the looped position gives runs that come again (`Segment.width` tiles every `Segment.step`) between the
+other conjunctions' runs. Where the tile does not divide its period everything is visited and masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from codegen.integers import ONE, ZERO, Dialect, Int, add, floor, name, names, product, program, rest
+from codegen.runs import Run, clause_run, masked_of, periodic, union
+from rewrite.mask import Mask
+from rewrite.mask.clauses import Clause, clauses
+from rewrite.mask.terms import FIRST, PAST, SYMBOLS, At
+
+Over = Literal["k", "q"]
+MOST = 8
+"""Conjunctions whose runs are sorted; more than that are visited from the first to the last, all masked."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tiles start + (i + skip) // width * step + (i + skip) % width for i below count; plainly start + i * step."""
+
+    start: Int
+    count: Int
+    step: Int = ONE
+    width: Int = ONE
+    skip: Int = ZERO
+
+    def tile(self, i: Int) -> Int:
+        """The number of the i-th tile."""
+        if self.width is ONE:
+            return add(self.start, product(self.step, i))
+        at = add(i, self.skip)
+        return add(self.start, product(floor(at, self.width), self.step), rest(at, self.width))
+
+    @property
+    def numbers(self) -> tuple[Int, ...]:
+        """Its expressions in order."""
+        return self.start, self.count, self.step, self.width, self.skip
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile numbers: those without masking, and those with."""
+
+    full: tuple[range, ...]
+    masked: tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The two loops of a kernel. `full` and `masked` visit every tile with an allowed pair once; those of `full` need no
+    masking. `listed`: the tiles come from data, and both are read from lists (`codegen/lists.py`).
+
+    Over keys the expressions read q0, q1 (the fixed tile's first and one past its last query position), N keys, `tile`
+    (keys of a looped tile), b, h, tables, and `offset` for a mask that is aligned at the first token. Over queries: k0,
+    k1, T queries, offset (position of query 0), tile (queries of a looped tile, from query 0), b, h, tables.
+    """
+
+    full: tuple[Segment, ...]
+    masked: tuple[Segment, ...]
+    listed: bool = False
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Variables and tables that the expressions read."""
+        return names(x for s in (*self.full, *self.masked) for x in s.numbers)
+
+    def program(self, dialect: Dialect = "python", prefix: str = "x") -> tuple[list[str], list[tuple[str, ...]]]:
+        """Assignments of what is used more than once, and texts (start, count, step, width, skip) of every segment,
+        those of `full` first."""
+        lines, texts = program([x for s in (*self.full, *self.masked) for x in s.numbers], dialect, prefix)
+        return lines, [tuple(texts[i : i + 5]) for i in range(0, len(texts), 5)]
+
+    @cached_property
+    def scalar(self) -> Callable[..., Any]:
+        """The program over Python numbers, giving a flat tuple."""
+        return self._compiled({"min": min, "max": max, "where": _where, "load": _load})
+
+    @cached_property
+    def arrays(self) -> Callable[..., Any]:
+        """The program over numpy arrays that broadcast."""
+        return self._compiled({"min": np.minimum, "max": np.maximum, "where": np.where, "load": _loads})
+
+    def _compiled(self, space: dict[str, Any]) -> Callable[..., Any]:
+        lines, segments = self.program()
+        body = [*lines, f"return ({''.join(f'{text}, ' for s in segments for text in s)})"]
+        plain = ("q0", "q1", "k0", "k1", "N", "T", "offset", "tile", "b", "h")
+        tables = [f"{n} = tables[{n!r}]" for n in sorted(self.names.difference(plain))]
+        exec("\n    ".join([f"def numbers({', '.join(plain)}, tables):", *tables, *body]), space)  # our own text
+        return space["numbers"]
+
+    def evaluate(
+        self,
+        tile: int,
+        *,
+        q0: int = 0,
+        q1: int = 0,
+        k0: int = 0,
+        k1: int = 0,
+        N: int = 0,
+        T: int = 0,
+        offset: int = 0,
+        b: int = 0,
+        h: int = 0,
+        tables: Mapping[str, Any] | None = None,
+    ) -> Tiles:
+        """The tiles themselves, for numbers."""
+        if self.listed:
+            raise ValueError("this mask's tiles come from data: build their lists with codegen.lists")
+        flat = self.scalar(q0, q1, k0, k1, N, T, offset, tile, b, h, tables)
+        found: list[range] = []
+        cut = 0
+        for i in range(0, len(flat), 5):
+            found += _ranges(*flat[i : i + 5])
+            if i == 5 * len(self.full) - 5:
+                cut = len(found)
+        return Tiles(tuple(found[:cut]), tuple(found[cut:]))
+
+
+def _ranges(start: int, count: int, step: int, width: int, skip: int) -> list[range]:
+    if count <= 0:
+        return []
+    if width == 1:
+        return [range(start, start + count * step, step)]
+    groups: list[range] = []
+    for group in range((skip + count - 1) // width + 1):
+        first, last = max(skip - group * width, 0), min(skip + count - group * width, width)
+        groups.append(range(start + group * step + first, start + group * step + last))
+    return groups
+
+
+def _where(condition: Any, yes: int, no: int) -> int:
+    return yes if condition else no
+
+
+def _load(table: Any, *index: int) -> int:
+    return int(table[tuple(min(max(i, 0), n - 1) for i, n in zip(index, table.shape, strict=True))])
+
+
+def _loads(table: Any, *index: Any) -> Any:
+    data = np.asarray(table, dtype=np.int64)
+    return data[tuple(np.clip(i, 0, n - 1) for i, n in zip(index, data.shape, strict=True))]
+
+
+def schedule(mask: Mask, over: Over) -> Schedule:
+    """The loops of a mask over tiles of keys for a tile of queries, or over tiles of queries for a tile of keys."""
+    return _derived(mask.keep, over)
+
+
+@lru_cache(maxsize=1024)
+def _derived(keep: Any, over: Over) -> Schedule:
+    if _from_data(keep, over):
+        return Schedule((), (), True)
+    found = clauses(keep)
+    runs = [clause_run(c, over) for c in found]
+    if len(found) > MOST:
+        return _hull(runs)
+    return _segments([r for r in runs if r.period is None], [r for r in runs if r.period is not None])
+
+
+def _segments(plain: list[Run], again: list[Run]) -> Schedule:
+    """At most one conjunction stays periodic: two of them could visit one tile twice."""
+    again = sorted(again, key=lambda r: r.period.size if r.period else 0)
+    plain += [r.whole for r in again[:-1]]
+    visited, full = union(plain)
+    masked = masked_of(visited, full)
+    segments = [_plain(x) for x in full], [_plain(x) for x in masked]
+    for run in again[-1:]:
+        for kind, found in zip(segments, periodic(run, visited), strict=True):
+            kind.extend(Segment(*numbers) for numbers in found)
+    kept = [tuple(s for s in kind if s.count is not ZERO) for kind in segments]
+    return Schedule(kept[0], kept[1])
+
+
+def _plain(run: tuple[Int, Int]) -> Segment:
+    return Segment(run[0], add(run[1]) if run[0] is ZERO else _length(run))
+
+
+def _length(run: tuple[Int, Int]) -> Int:
+    from codegen.integers import minus
+
+    return minus(run[1], run[0])
+
+
+def _hull(runs: list[Run]) -> Schedule:
+    from codegen.integers import maximum, minimum
+
+    begin, end = minimum(*(r.visit[0] for r in runs)), maximum(*(r.visit[1] for r in runs))
+    return Schedule((), (Segment(begin, _length((begin, maximum(begin, end)))),))
+
+
+def _from_data(keep: Any, over: Over) -> bool:
+    """A table other than of spans is read at the looped or the fixed position, so no bound is known without it."""
+    positions = {SYMBOLS["q"], SYMBOLS["k"]}
+    return any(
+        positions & x.free_symbols and not str(x.args[0]).endswith((FIRST, PAST)) for x in keep.atoms(At)
+    )
