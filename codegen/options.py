@@ -7,7 +7,8 @@ Each back end is two functions:
 
 over q (b, h, t, d), k (b, g, s, d) and v (b, g, s, dv), query head i reading kv head i // (h / g). `o` (b, h, t, dv) has
 the dtype of q, `lse` (b, h, t) is float32 (float64 for float64) and natural: the logarithm of what the softmax
-divides by, sinks included. A query that may read nothing has o = 0 and lse = -inf; gradients there are 0.
+divides by, sinks included. A query that may read nothing has o = 0 and lse = -inf (its sink's logit where there are
+sinks); padding has o = 0 and lse = -inf; gradients of both are 0.
 """
 
 from __future__ import annotations

@@ -1,0 +1,231 @@
+"""Block-sparse attention on a CPU: only what the schedule visits is computed, so that a sparse mask costs less time.
+
+A piece is a tile of queries and the runs of keys that it reads. Each run is attended to by itself, and the results are
+merged by their logarithms of sums. The query heads of a kv head become rows over the same keys, which are never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codegen.options import Options
+from codegen.pieces import Piece, Run, Shape, pieces
+from rewrite.mask import Mask
+
+MOST = 1024
+"""Keys of a run where its scores are held."""
+Part = tuple[Tensor, Tensor]
+"""(o, lse) of some of the keys: (b, g, rows, dv) and (b, g, rows)."""
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options) -> Part:
+    """(o, lse) as codegen/options.py has them."""
+    kernel = _fused if options.softcap is None and k.shape[-1] == v.shape[-1] else _products
+    o, lse = q.new_zeros(*q.shape[:-1], v.shape[-1]), torch.full(q.shape[:-1], -torch.inf, dtype=_exact(q))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    for work in _works(q, k, mask, options, None if kernel is _fused else MOST):
+        rows = work.queries(q)
+        parts = [kernel(rows, work.keys(k, run), work.keys(v, run), work.added(run), options) for run in work.runs]
+        o_piece, lse_piece = _merged(parts)
+        work.queries(o, o_piece)
+        work.queries(lse[..., None], lse_piece[..., None])
+    if options.sinks is not None:
+        _sink(o, lse, options, k.shape[2])
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    options: Options,
+    bias_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dbias). Probabilities are computed again, piece after piece, so that sums have one order."""
+    exact = _exact(q)
+    do, o = do.to(exact), o.to(exact)
+    delta = (do * o).sum(-1) if dlse is None else (do * o).sum(-1) - dlse
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    full = [x.to(exact) for x in (q, k, v)]
+    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in full]
+    dbias = torch.zeros(options.bias.shape, dtype=exact) if bias_grad and options.bias is not None else None
+    for work in _works(q, k, mask, options, MOST):
+        _back(work, full, (do, lse[..., None], delta[..., None]), grads, dbias)
+    dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv, dbias if dbias is None or options.bias is None else dbias.to(options.bias.dtype)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A piece in terms of tensors. Rows of a kv head are (head, query), the queries of the first head first."""
+
+    piece: Piece
+    mask: Mask
+    options: Options
+    group: int
+    dtype: torch.dtype
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """What the queries read."""
+        return self.piece.runs
+
+    @property
+    def folded(self) -> int:
+        """Query heads that become rows."""
+        return min(self.group, self.piece.heads[1] - self.piece.heads[0])
+
+    def queries(self, x: Tensor, value: Tensor | None = None) -> Tensor:
+        """(b, g, rows, c) of the piece from x (b, h, t, c), where `value` is put first."""
+        part = x[slice(*self.piece.rows), slice(*self.piece.heads), slice(*self.piece.queries)]
+        if value is not None:
+            part.copy_(value.reshape(part.shape))
+        return self._fold(part)
+
+    def _fold(self, x: Tensor) -> Tensor:
+        return x if self.folded == 1 else x.unflatten(1, (-1, self.folded)).flatten(2, 3)
+
+    def keys(self, x: Tensor, run: Run) -> Tensor:
+        """(b, g, keys, c) of a run, a view of x (b, g, s, c)."""
+        first, last = self.piece.heads
+        of = slice(first // self.group, (last - 1) // self.group + 1)
+        return x[slice(*self.piece.rows), of, run.first : run.last]
+
+    def added(self, run: Run) -> Tensor | None:
+        """What is added to scores, -inf where nothing is read: (b or 1, g or 1, rows, keys), None where it is 0."""
+        bias, slopes = self.options.bias, self.options.slopes
+        if bias is None and slopes is None and not run.masked:
+            return None
+        queries, keys = self.piece.queries[1] - self.piece.queries[0], run.last - run.first
+        hung = self.mask.per_head or slopes is not None
+        heads = self.piece.heads[1] - self.piece.heads[0] if hung else 1
+        x = torch.zeros(1, heads, queries, keys, dtype=self.dtype)
+        if slopes is not None:
+            at_q, at_k = self._positions(run.first, run.last)
+            back = torch.from_numpy(at_q - at_k).to(self.dtype)
+            x -= slopes[slice(*self.piece.heads), None, None].to(self.dtype) * back
+        if bias is not None:
+            x = x + biased(bias, self.piece, run)
+        for first, last in run.masked:
+            part = x[..., first - run.first : last - run.first]
+            part.masked_fill_(~self._keep(first, last), -torch.inf)
+        return self._fold(x) if x.shape[1] > 1 else x.repeat(1, 1, self.folded, 1)
+
+    def _positions(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(*self.piece.queries)[:, None] + self.piece.offset, np.arange(first, last)[None]
+
+    def _keep(self, first: int, last: int) -> Tensor:
+        """(h, t, s) or (t, s): the pairs of the piece with some keys that are allowed."""
+        at_q, at_k = self._positions(first, last)
+        heads = np.arange(*self.piece.heads)[:, None, None] if self.mask.per_head else 0
+        return torch.from_numpy(self.mask.holds(at_q, at_k, h=heads, b=self.piece.rows[0]))
+
+
+def biased(bias: Tensor, piece: Piece, run: Run) -> Tensor:
+    """The part of a bias that belongs to a piece and a run; sizes of 1 stay. A view."""
+    x = bias.reshape(*(1,) * (4 - bias.ndim), *bias.shape)
+    at = (piece.rows, piece.heads, piece.queries, (run.first, run.last))
+    return x[tuple(slice(*span) if size > 1 else slice(None) for span, size in zip(at, x.shape, strict=True))]
+
+
+def _works(q: Tensor, k: Tensor, mask: Mask, options: Options, most: int | None) -> Iterator[_Work]:
+    group = q.shape[1] // k.shape[1]
+    spans = tuple(options.spans(q.shape[0], q.shape[2], k.shape[2]))
+    for piece in pieces(mask, Shape(spans, q.shape[1], group), most):
+        yield _Work(piece, mask, options, group, _exact(q))
+
+
+def _exact(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, options: Options) -> Part:
+    """One run by torch's own kernel."""
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=options.scale)
+    if added is not None:
+        # the kernel gives 0 where a row has no keys
+        lse = torch.where(added.amax(-1) == -torch.inf, -torch.inf, lse)
+    return o, lse
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, options: Options) -> Part:
+    """One run by two products, for what torch's kernel cannot do."""
+    q, k, v = (x.to(_exact(x)) for x in (q, k, v))
+    s = _scores(q, k, added, options)
+    top = s.amax(-1, keepdim=True)
+    p = s.sub_(top.masked_fill_(top == -torch.inf, 0)).exp_()
+    total = p.sum(-1, keepdim=True)
+    return (p @ v).div_(total.masked_fill(total == 0, 1)), (top + total.log()).squeeze(-1)
+
+
+def _scores(q: Tensor, k: Tensor, added: Tensor | None, options: Options) -> Tensor:
+    s = (q * options.scale) @ k.mT
+    if options.softcap is not None:
+        s = s.div_(options.softcap).tanh_().mul_(options.softcap)
+    return s if added is None else s.add_(added)
+
+
+def _merged(parts: list[Part]) -> Part:
+    """(o, lse) of all the keys of a piece."""
+    if len(parts) == 1:
+        return parts[0]
+    lse_parts = torch.stack([lse for _, lse in parts])
+    lse = lse_parts.logsumexp(0)
+    shares = (lse_parts - lse.masked_fill(lse == -torch.inf, 0)).exp_()[..., None]
+    o = parts[0][0] * shares[0]
+    for (part, _), share in zip(parts[1:], shares[1:], strict=True):
+        o.addcmul_(part, share)
+    return o, lse
+
+
+def _sink(o: Tensor, lse: Tensor, options: Options, keys: int) -> None:
+    """Sinks take their share of rows that are no padding, in place."""
+    if options.sinks is None:
+        return
+    spans = options.spans(o.shape[0], o.shape[2], keys)
+    for row, (queries, _) in enumerate(spans):
+        before = lse[row, :, :queries]
+        after = torch.logaddexp(before, options.sinks[:, None].to(before))
+        o[row, :, :queries] *= (before - after).exp_()[..., None].to(o.dtype)
+        lse[row, :, :queries] = after
+
+
+def _back(
+    work: _Work, qkv: list[Tensor], given: tuple[Tensor, Tensor, Tensor], grads: list[Tensor], dbias: Tensor | None
+) -> None:
+    """Adds what one piece gives to the gradients of q, k, v and of the bias."""
+    q, do, lse, delta = (work.queries(x) for x in (qkv[0], *given))
+    dq, scale, cap = torch.zeros_like(q), work.options.scale, work.options.softcap
+    for run in work.runs:
+        k, v, dk, dv = (work.keys(x, run) for x in (*qkv[1:], *grads[1:]))
+        added = work.added(run)
+        s = _scores(q, k, None, work.options)
+        p = torch.exp((s if added is None else s + added) - lse)
+        dv += p.mT @ do
+        ds = (do @ v.mT).sub_(delta).mul_(p)
+        if dbias is not None:
+            _add_bias(dbias, ds, work, run)
+        if cap is not None:
+            ds *= 1 - (s / cap).square_()
+        ds *= scale
+        dq += ds @ k
+        dk += ds.mT @ q
+    work.queries(grads[0], dq)
+
+
+def _add_bias(dbias: Tensor, ds: Tensor, work: _Work, run: Run) -> None:
+    """Adds gradients of scores (b, g, rows, s) to those of the bias, summed where it is broadcast."""
+    piece = work.piece
+    rows, heads, queries = (b - a for a, b in (piece.rows, piece.heads, piece.queries))
+    part = biased(dbias, piece, run)
+    part += ds.reshape(rows, heads, queries, run.last - run.first).sum_to_size(part.shape)
