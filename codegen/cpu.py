@@ -40,8 +40,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options) -> Pa
 
 
 def backward(
-    do: Tensor,
-    dlse: Tensor | None,
+    grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -50,19 +49,27 @@ def backward(
     mask: Mask,
     options: Options,
     bias_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dbias). Probabilities are computed again, piece after piece, so that sums have one order."""
+) -> dict[str, Tensor]:
+    """Gradients "q", "k" and "v", "sinks" where there are some, and "bias" where it is asked for.
+
+    Probabilities are computed again, piece after piece, so that sums have one order.
+    """
     exact = _exact(q)
-    do, o = do.to(exact), o.to(exact)
-    delta = (do * o).sum(-1) if dlse is None else (do * o).sum(-1) - dlse
+    do = grad.to(exact)
+    delta = (do * o).sum(-1)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     full = [x.to(exact) for x in (q, k, v)]
-    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in full]
+    sums = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in full]
     dbias = torch.zeros(options.bias.shape, dtype=exact) if bias_grad and options.bias is not None else None
     for work in _works(q, k, mask, options, MOST):
-        _back(work, full, (do, lse[..., None], delta[..., None]), grads, dbias)
-    dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
-    return dq, dk, dv, dbias if dbias is None or options.bias is None else dbias.to(options.bias.dtype)
+        _back(work, full, (do, lse[..., None], delta[..., None]), sums, dbias)
+    found = {name: x.to(q.dtype) for name, x in zip("qkv", sums, strict=True)}
+    if dbias is not None and options.bias is not None:
+        found["bias"] = dbias.to(options.bias.dtype)
+    if options.sinks is not None:
+        share = torch.exp(options.sinks.to(exact)[:, None] - lse)
+        found["sinks"] = -(share * delta).sum((0, 2)).to(options.sinks.dtype)
+    return found
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ class _Work:
         """(h, t, s) or (t, s): the pairs of the piece with some keys that are allowed."""
         at_q, at_k = self._positions(first, last)
         heads = np.arange(*self.piece.heads)[:, None, None] if self.mask.per_head else 0
-        return torch.from_numpy(self.mask.holds(at_q, at_k, h=heads, b=self.piece.rows[0]))
+        return torch.from_numpy(self.mask.holds(at_q, at_k, heads, self.piece.rows[0], self.piece.offset))
 
 
 def biased(bias: Tensor, piece: Piece, run: Run) -> Tensor:

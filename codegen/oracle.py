@@ -19,7 +19,7 @@ def kept(mask: Mask, heads: int, queries: int, spans: list[tuple[int, int]], key
     of_head = np.arange(heads)[:, None, None]
     for row, (t, s) in enumerate(spans):
         at_q, at_k = np.arange(t)[:, None] + s - t, np.arange(s)[None]
-        table[row, :, :t, :s] = mask.holds(at_q, at_k, h=of_head, b=row)
+        table[row, :, :t, :s] = mask.holds(at_q, at_k, of_head, row, s - t)
     return torch.from_numpy(table)
 
 

@@ -90,7 +90,7 @@ class _View:
 
 def _rows(mask: Mask, shape: Shape) -> Iterator[tuple[int, int]]:
     """Neighbours in the batch that are computed at once."""
-    if "b" in {str(s) for s in mask.keep.free_symbols}:
+    if mask.per_row:
         yield from ((row, row + 1) for row in range(len(shape.spans)))
         return
     for _, same in itertools.groupby(range(len(shape.spans)), key=shape.spans.__getitem__):
