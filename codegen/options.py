@@ -6,9 +6,10 @@ Each back end is two functions:
     backward(grad, q, k, v, o, lse, mask, options, bias_grad) -> {"q", "k", "v"; "sinks" where there are some; "bias"}
 
 over q (b, h, t, d), k (b, g, s, d) and v (b, g, s, dv), query head i reading kv head i // (h / g). `o` (b, h, t, dv)
-has the dtype of q, `lse` (b, h, t) is float32 (float64 for float64) and natural: the logarithm of what the softmax
-divides by, sinks included; it is not differentiated. Gradients of the bias only if `bias_grad` is set. A query that may read nothing has o = 0 and lse = -inf (its sink's logit where there are
-sinks); padding has o = 0 and lse = -inf; gradients of both are 0.
+has the dtype of q. `lse` (b, h, t) is float32 (float64 for float64) and natural: the logarithm of what the softmax
+divides by, sinks included; it is not differentiated. The bias has a gradient only where `bias_grad` is set. A query that
+may read nothing has o = 0 and lse = -inf (its sink's logit where there are sinks), and so has padding (-inf always);
+their gradients are 0.
 """
 
 from __future__ import annotations
