@@ -7,7 +7,7 @@ Each back end is two functions:
 
 over q (b, h, t, d), k (b, g, s, d) and v (b, g, s, dv), query head i reading kv head i // (h / g). `o` (b, h, t, dv)
 has the dtype of q. `lse` (b, h, t) is float32 (float64 for float64) and natural: the logarithm of what the softmax
-divides by, sinks included; it is not differentiated. The bias has a gradient only where `bias_grad` is set. A query that
+divides by, sinks included; it is not differentiated. The bias has a gradient only with `bias_grad`. A query that
 may read nothing has o = 0 and lse = -inf (its sink's logit where there are sinks), and so has padding (-inf always);
 their gradients are 0.
 """

@@ -1,4 +1,7 @@
-"""Rewrite the attention of a pretrained transformer: `from rewrite import convert, plan, check, GQA, MLA`."""
+"""Rewrite the attention of a pretrained transformer: `from rewrite import convert, plan, check, GQA, MLA`.
+
+`from rewrite import attention` is the kernel alone, for tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ if TYPE_CHECKING:
     from passes.gqa import GQA
     from passes.mla import MLA
     from rewrite.api import check, convert, plan
+    from rewrite.attend import Alibi, attention
     from rewrite.errors import ReattnError
 
-__all__ = ["GQA", "MLA", "ReattnError", "check", "convert", "plan"]
+__all__ = ["GQA", "MLA", "Alibi", "ReattnError", "attention", "check", "convert", "plan"]
 
-_HOME = {"ReattnError": "rewrite.errors"}
+_HOME = {"Alibi": "rewrite.attend", "ReattnError": "rewrite.errors", "attention": "rewrite.attend"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ BoolArray = npt.NDArray[np.bool_]
 Origin = Literal["constant", "parameters", "input"]
 Table = npt.NDArray[Any]
 """Integers: one axis for each index that the predicate reads it by."""
+SPELLED = 1024
+"""Entries of the largest table that is written out where a mask is sent as text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,10 @@ class Mask:
         extra = set(self.tables) - set(read)
         if extra:
             raise ValueError(f"mask {self.name} does not read its tables {', '.join(sorted(extra))}")
+        _ = (
+            self.apart,
+            self.spelled,
+        )  # torch.compile reads them off the object, and cannot follow their making
 
     def __and__(self, other: Mask) -> Mask:
         return _join("&", self, other)
@@ -80,6 +87,19 @@ class Mask:
         except ValueError:
             same = False
         return self.name if same else spell.boolean(self.keep, spell.ALGEBRA)
+
+    @cached_property
+    def spelled(self) -> str:
+        """The predicate as algebra over b, h, q and k, whatever the mask is called, with its small tables as JSON:
+        `q - k < window[h] where {"window": [8, 64]}`. Those that are `apart` must be given beside it."""
+        text = spell.boolean(self.keep, spell.ALGEBRA)
+        small = {n: np.asarray(self.tables[n]).tolist() for n in sorted(self.tables) if n not in self.apart}
+        return f"{text} where {json.dumps(small)}" if small else text
+
+    @cached_property
+    def apart(self) -> tuple[str, ...]:
+        """Tables that are too large to be spelled."""
+        return tuple(n for n in sorted(self.tables) if np.size(self.tables[n]) > SPELLED)
 
     @property
     def is_all(self) -> bool:
