@@ -100,7 +100,7 @@ def _refuse_shapes(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.shape[3] != k.shape[3]:
         return f"queries have {q.shape[3]} channels and keys {k.shape[3]}, which must agree"
     if k.shape[1:3] != v.shape[1:3]:
-        return f"keys have {k.shape[1]} heads of {k.shape[2]} tokens and values {v.shape[1]} of {v.shape[2]}, which must agree"
+        return f"keys have {k.shape[1]} heads of {k.shape[2]} tokens and values {v.shape[1]} of {v.shape[2]}: not alike"
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         return f"{q.shape[1]} query heads cannot share {k.shape[1]} kv heads evenly"
     return None
