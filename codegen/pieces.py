@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from codegen.schedule import Schedule, Tiles, schedule
 from rewrite.mask import Mask
 
@@ -19,6 +21,7 @@ QUERIES = (256, 128, 64)
 """Queries in a tile: more make larger products, fewer visit fewer forbidden pairs."""
 WASTE = 1.25
 """Keys that a tile may visit for one that the smallest tile visits."""
+_JOINED = ((np.logical_and, np.logical_and), (np.logical_or, np.logical_or))
 WHOLE = 512
 """Keys from which on a stretch without forbidden pairs is a run of its own: a mask costs more than a merge."""
 
@@ -84,8 +87,20 @@ class _View:
 
     def tiles(self, head: int, first: int, last: int) -> Tiles:
         """What the queries with indices first .. last read."""
-        at = {"q0": first + self.offset, "q1": last + self.offset}
-        return self.plan.evaluate(KEYS, **at, N=self.keys, b=self.row, h=head, tables=self.mask.tables)
+        q0, q1 = first + self.offset, last + self.offset
+        if self.plan.listed:
+            return self._looked(head, q0, q1)
+        return self.plan.evaluate(
+            KEYS, q0=q0, q1=q1, N=self.keys, offset=self.offset, b=self.row, h=head, tables=self.mask.tables
+        )
+
+    def _looked(self, head: int, q0: int, q1: int) -> Tiles:
+        """Tiles of a mask that no closed form describes, by looking at all its pairs."""
+        at_q, at_k = np.arange(q0, q1)[:, None], np.arange(self.keys)[None]
+        keep = self.mask.holds(at_q, at_k, head, self.row, self.offset)
+        starts = np.arange(0, self.keys, KEYS)
+        every, some = (f.reduceat(g.reduce(keep), starts) for f, g in _JOINED)
+        return Tiles(*(tuple(range(int(i), int(i) + 1) for i in np.flatnonzero(x)) for x in (every, some & ~every)))
 
 
 def _rows(mask: Mask, shape: Shape) -> Iterator[tuple[int, int]]:
