@@ -93,8 +93,12 @@ class _Work:
         return min(self.group, self.piece.heads[1] - self.piece.heads[0])
 
     def queries(self, x: Tensor, value: Tensor | None = None) -> Tensor:
-        """(b, g, rows, c) of the piece from x (b, h, t, c), where `value` is put first."""
-        part = x[slice(*self.piece.rows), slice(*self.piece.heads), slice(*self.piece.queries)]
+        """(b, g, rows, c) of the piece from x (b, h, t, c), where `value` is put first; tiles stand for b in a stack."""
+        piece, (first, last) = self.piece, self.piece.queries
+        end = first + piece.count * (last - first)
+        part = x[slice(*piece.rows), slice(*piece.heads), first:end]
+        if piece.count > 1:
+            part = part[0].unflatten(1, (piece.count, -1)).transpose(0, 1)
         if value is not None:
             part.copy_(value.reshape(part.shape))
         return self._fold(part)
@@ -103,45 +107,54 @@ class _Work:
         return x if self.folded == 1 else x.unflatten(1, (-1, self.folded)).flatten(2, 3)
 
     def keys(self, x: Tensor, run: Run) -> Tensor:
-        """(b, g, keys, c) of a run, a view of x (b, g, s, c)."""
-        first, last = self.piece.heads
+        """(b, g, keys, c) of a run, a view of x (b, g, s, c); the tiles of a stack stand for b."""
+        piece, (first, last) = self.piece, self.piece.heads
         of = slice(first // self.group, (last - 1) // self.group + 1)
-        return x[slice(*self.piece.rows), of, run.first : run.last]
+        if piece.count == 1:
+            return x[slice(*piece.rows), of, run.first : run.last]
+        part = x[piece.rows[0], of, run.first : run.last + (piece.count - 1) * run.step]
+        if run.step == 0:
+            return part.expand(piece.count, *part.shape)
+        return part.unfold(1, run.last - run.first, run.step).permute(1, 0, 3, 2)
 
     def added(self, run: Run) -> Tensor | None:
         """What is added to scores, -inf where nothing is read: (b or 1, g or 1, rows, keys), None where it is 0."""
         bias, slopes = self.options.bias, self.options.slopes
         if bias is None and slopes is None and not run.masked:
             return None
-        queries, keys = self.piece.queries[1] - self.piece.queries[0], run.last - run.first
+        queries, heads = (b - a for a, b in (self.piece.queries, self.piece.heads))
         hung = self.mask.per_head or slopes is not None
-        heads = self.piece.heads[1] - self.piece.heads[0] if hung else 1
-        x = torch.zeros(1, heads, queries, keys, dtype=self.dtype)
+        x = torch.zeros(self.piece.count, heads if hung else 1, queries, run.last - run.first, dtype=self.dtype)
         if slopes is not None:
-            at_q, at_k = self._positions(run.first, run.last)
+            at_q, at_k = self._positions(run, run.first, run.last)
             back = torch.from_numpy(at_q - at_k).to(self.dtype)
             x -= slopes[slice(*self.piece.heads), None, None].to(self.dtype) * back
         if bias is not None:
-            x = x + biased(bias, self.piece, run)
+            x = x + torch.cat([biased(bias, self.piece, run, i) for i in range(self.piece.count)])
         for first, last in run.masked:
             part = x[..., first - run.first : last - run.first]
-            part.masked_fill_(~self._keep(first, last), -torch.inf)
+            part.masked_fill_(~self._keep(run, first, last), -torch.inf)
         return self._fold(x) if x.shape[1] > 1 else x.repeat(1, 1, self.folded, 1)
 
-    def _positions(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.arange(*self.piece.queries)[:, None] + self.piece.offset, np.arange(first, last)[None]
+    def _positions(self, run: Run, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Queries (b, 1, t, 1) and keys (b, 1, 1, s) of every tile of the stack."""
+        tile = np.arange(self.piece.count)[:, None, None, None]
+        queries = np.arange(*self.piece.queries) + self.piece.offset
+        return queries[:, None] + tile * len(queries), np.arange(first, last) + tile * run.step
 
-    def _keep(self, first: int, last: int) -> Tensor:
-        """(h, t, s) or (t, s): the pairs of the piece with some keys that are allowed."""
-        at_q, at_k = self._positions(first, last)
+    def _keep(self, run: Run, first: int, last: int) -> Tensor:
+        """(b, h or 1, t, s): the pairs of the piece with some keys that are allowed."""
         heads = np.arange(*self.piece.heads)[:, None, None] if self.mask.per_head else 0
-        return torch.from_numpy(self.mask.holds(at_q, at_k, heads, self.piece.rows[0], self.piece.offset))
+        at = self._positions(run, first, last)
+        return torch.from_numpy(self.mask.holds(*at, heads, self.piece.rows[0], self.piece.offset))
 
 
-def biased(bias: Tensor, piece: Piece, run: Run) -> Tensor:
-    """The part of a bias that belongs to a piece and a run; sizes of 1 stay. A view."""
+def biased(bias: Tensor, piece: Piece, run: Run, tile: int = 0) -> Tensor:
+    """The part of a bias that belongs to a tile of a piece and to a run; sizes of 1 stay. A view."""
     x = bias.reshape(*(1,) * (4 - bias.ndim), *bias.shape)
-    at = (piece.rows, piece.heads, piece.queries, (run.first, run.last))
+    first, last = piece.queries
+    later, run = tile * (last - first), run.moved(tile * run.step)
+    at = (piece.rows, piece.heads, (first + later, last + later), (run.first, run.last))
     return x[tuple(slice(*span) if size > 1 else slice(None) for span, size in zip(at, x.shape, strict=True))]
 
 

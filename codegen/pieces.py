@@ -1,14 +1,15 @@
 """Where the work is on a CPU: the schedule's tiles as runs of keys, for one tile of queries after the other.
 
 Slices of a tensor cost nothing, so neighbouring tiles become one run, and only the stretches of a run that hold both
-allowed and forbidden pairs are masked.
+allowed and forbidden pairs are masked. Tiles of queries that read alike, each a little further on, become one piece:
+small tiles visit few forbidden pairs, and many at once cost few calls.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,29 +18,37 @@ from rewrite.mask import Mask
 
 KEYS = 64
 """Keys in a tile: runs start and end at its multiples."""
-QUERIES = (256, 128, 64)
-"""Queries in a tile: more make larger products, fewer visit fewer forbidden pairs."""
-WASTE = 1.25
-"""Keys that a tile may visit for one that the smallest tile visits."""
-_JOINED = ((np.logical_and, np.logical_and), (np.logical_or, np.logical_or))
+SPEED = {64: 0.9, 256: 0.97, 768: 1.0}
+"""Sizes of query tiles, and how fast pairs are computed in them: measured on torch's kernel, which has three loops."""
+STACKED = 1024
+"""Queries of a stack of tiles."""
 WHOLE = 512
 """Keys from which on a stretch without forbidden pairs is a run of its own: a mask costs more than a merge."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Keys `first .. last`, and the stretches of them in which some pair is forbidden."""
+    """Keys `first .. last`, and the stretches of them in which some pair is forbidden. The next tile of a stack reads
+    what stands `step` keys later."""
 
     first: int
     last: int
     masked: tuple[tuple[int, int], ...] = ()
+    step: int = 0
+
+    def moved(self, by: int) -> Run:
+        """The same, `by` keys later."""
+        return replace(
+            self, first=self.first + by, last=self.last + by, masked=tuple((a + by, b + by) for a, b in self.masked)
+        )
 
 
 @dataclass(frozen=True)
 class Piece:
     """Queries with indices `queries` (first, one past the last) of `heads` in `rows` of the batch, and what they read.
 
-    A query stands at its index + `offset`. Heads are some of one kv head, or all of several.
+    A query stands at its index + `offset`. Heads are some of one kv head, or all of several. `count` tiles as long as
+    this one follow each other where it is above 1; it is of one row then.
     """
 
     rows: tuple[int, int]
@@ -47,6 +56,7 @@ class Piece:
     queries: tuple[int, int]
     offset: int
     runs: tuple[Run, ...]
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Shape:
 
 
 def pieces(mask: Mask, shape: Shape, most: int | None = None) -> Iterator[Piece]:
-    """Every query that reads something, once; runs hold `most` keys at the most."""
+    """Every query that reads something, once. With `most` runs hold that many keys at the most, and nothing is stacked."""
     plan = schedule(mask, "k")
     for rows in _rows(mask, shape):
         queries, keys = shape.spans[rows[0]]
@@ -67,12 +77,13 @@ def pieces(mask: Mask, shape: Shape, most: int | None = None) -> Iterator[Piece]
             continue
         view = _View(mask, plan, rows[0], keys, keys - queries)
         size = _tile(view, queries)
-        for first in range(0, queries, size):
-            at = (first, min(first + size, queries))
-            for heads, tiles in _heads(view, shape, at):
-                runs = tuple(_runs(tiles, keys, most))
-                if runs:
-                    yield Piece(rows, heads, at, view.offset, runs)
+        firsts = np.arange(0, queries, size)
+        lasts = np.minimum(firsts + size, queries)
+        for heads, found in _heads(view, shape, firsts, lasts):
+            runs = (tuple(_runs(tiles, keys, most)) for tiles in found)
+            ends = zip(firsts.tolist(), lasts.tolist(), strict=True)
+            plain = [Piece(rows, heads, at, view.offset, r) for at, r in zip(ends, runs, strict=True) if r]
+            yield from plain if most is not None or len(plain) < 2 else _stacks(plain, max(1, STACKED // size))
 
 
 @dataclass(frozen=True)
@@ -85,56 +96,53 @@ class _View:
     keys: int
     offset: int
 
-    def tiles(self, head: int, first: int, last: int) -> Tiles:
-        """What the queries with indices first .. last read."""
-        q0, q1 = first + self.offset, last + self.offset
+    def tiles(self, head: int, firsts: Sequence[int] | np.ndarray, lasts: Sequence[int] | np.ndarray) -> list[Tiles]:
+        """What the queries with indices first .. last read, for each pair of these."""
+        q0, q1 = (np.asarray(x) + self.offset for x in (firsts, lasts))
         if self.plan.listed:
-            return self._looked(head, q0, q1)
-        return self.plan.evaluate(
-            KEYS, q0=q0, q1=q1, N=self.keys, offset=self.offset, b=self.row, h=head, tables=self.mask.tables
-        )
+            return [self._looked(head, *at) for at in zip(q0.tolist(), q1.tolist(), strict=True)]
+        return self.plan.of_queries(KEYS, q0, q1, self.keys, self.offset, self.row, head, self.mask.tables)
 
     def _looked(self, head: int, q0: int, q1: int) -> Tiles:
         """Tiles of a mask that no closed form describes, by looking at all its pairs."""
         at_q, at_k = np.arange(q0, q1)[:, None], np.arange(self.keys)[None]
         keep = self.mask.holds(at_q, at_k, head, self.row, self.offset)
         starts = np.arange(0, self.keys, KEYS)
-        every, some = (f.reduceat(g.reduce(keep), starts) for f, g in _JOINED)
+        every = np.logical_and.reduceat(keep.all(0), starts)
+        some = np.logical_or.reduceat(keep.any(0), starts)
         return Tiles(*(tuple(range(int(i), int(i) + 1) for i in np.flatnonzero(x)) for x in (every, some & ~every)))
 
 
 def _rows(mask: Mask, shape: Shape) -> Iterator[tuple[int, int]]:
     """Neighbours in the batch that are computed at once."""
-    if mask.per_row:
-        yield from ((row, row + 1) for row in range(len(shape.spans)))
-        return
     for _, same in itertools.groupby(range(len(shape.spans)), key=shape.spans.__getitem__):
         members = list(same)
-        yield members[0], members[-1] + 1
+        if mask.per_row or shape.spans[members[0]][0] > min(SPEED):
+            yield from ((row, row + 1) for row in members)
+        else:
+            yield members[0], members[-1] + 1
 
 
 def _tile(view: _View, queries: int) -> int:
-    """Queries to a tile: the most that visit few keys in vain, judged in the middle and at the end."""
-    smallest = min(queries, QUERIES[-1])
-    ends = (queries, (queries + smallest) // 2)
+    """The size of query tiles that costs least, judged in the middle and at the end."""
+    sizes = [size for size in SPEED if size < queries] or [queries]
+    ends = np.array([queries, (queries + sizes[0]) // 2])
 
-    def visited(size: int) -> int:
-        return sum(_count(view.tiles(0, max(0, end - size), end)) for end in ends)
+    def cost(size: int) -> float:
+        found = view.tiles(0, np.maximum(0, ends - size), ends)
+        return sum(len(steps) for tiles in found for steps in (*tiles.full, *tiles.masked)) / SPEED.get(size, 1)
 
-    least = visited(smallest)
-    return next(size for size in QUERIES if size == QUERIES[-1] or visited(size) <= WASTE * least)
-
-
-def _count(tiles: Tiles) -> int:
-    return sum(len(steps) for steps in (*tiles.full, *tiles.masked))
+    return min(sizes, key=cost)
 
 
-def _heads(view: _View, shape: Shape, at: tuple[int, int]) -> Iterator[tuple[tuple[int, int], Tiles]]:
+def _heads(
+    view: _View, shape: Shape, firsts: np.ndarray, lasts: np.ndarray
+) -> Iterator[tuple[tuple[int, int], list[Tiles]]]:
     """Neighbouring heads that read the same tiles."""
     if not view.mask.per_head:
-        yield (0, shape.heads), view.tiles(0, *at)
+        yield (0, shape.heads), view.tiles(0, firsts, lasts)
         return
-    found = [view.tiles(head, *at) for head in range(shape.heads)]
+    found = [view.tiles(head, firsts, lasts) for head in range(shape.heads)]
     for _, same in itertools.groupby(range(shape.heads), key=found.__getitem__):
         members = list(same)
         for heads in _whole_groups(members[0], members[-1] + 1, shape.group):
@@ -143,31 +151,27 @@ def _heads(view: _View, shape: Shape, at: tuple[int, int]) -> Iterator[tuple[tup
 
 def _whole_groups(first: int, last: int, group: int) -> Iterator[tuple[int, int]]:
     """first .. last in pieces: parts of one kv head's heads, or all of those of several."""
-    inner = (-(-first // group) * group, last // group * group)
-    if inner[0] >= inner[1]:
-        cuts = sorted({first, *(c for c in inner if first < c < last), last})
-    else:
-        cuts = sorted({first, *inner, last})
-    yield from itertools.pairwise(cuts)
+    whole = (-(-first // group) * group, last // group * group)
+    yield from itertools.pairwise(sorted({first, *(c for c in whole if first < c < last), last}))
 
 
 def _runs(tiles: Tiles, keys: int, most: int | None) -> Iterator[Run]:
     """Tiles in the order of their keys, neighbours joined."""
     parts = sorted([(t, False) for s in tiles.full for t in s] + [(t, True) for s in tiles.masked for t in s])
     joined: list[list[tuple[int, int, bool]]] = []
-    for first, last, masked in _stretches(parts, keys):
-        alone = not masked and last - first >= WHOLE
-        if joined and joined[-1][-1][1] == first and not alone and not _alone(joined[-1]):
-            joined[-1].append((first, last, masked))
+    for stretch in _stretches(parts, keys):
+        alone = _alone(stretch) or (bool(joined) and _alone(joined[-1][-1]))
+        if joined and joined[-1][-1][1] == stretch[0] and not alone:
+            joined[-1].append(stretch)
         else:
-            joined.append([(first, last, masked)])
+            joined.append([stretch])
     for run in joined:
         made = Run(run[0][0], run[-1][1], tuple((a, b) for a, b, masked in run if masked))
         yield from (made,) if most is None else _cut(made, most)
 
 
-def _alone(run: Sequence[tuple[int, int, bool]]) -> bool:
-    return not run[0][2] and run[0][1] - run[0][0] >= WHOLE
+def _alone(stretch: tuple[int, int, bool]) -> bool:
+    return not stretch[2] and stretch[1] - stretch[0] >= WHOLE
 
 
 def _stretches(parts: Iterable[tuple[int, bool]], keys: int) -> Iterator[tuple[int, int, bool]]:
@@ -191,3 +195,30 @@ def _cut(run: Run, most: int) -> Iterator[Run]:
         last = min(first + most, run.last)
         inside = ((max(a, first), min(b, last)) for a, b in run.masked)
         yield Run(first, last, tuple((a, b) for a, b in inside if a < b))
+
+
+def _stacks(plain: Sequence[Piece], most: int) -> Iterator[Piece]:
+    """Neighbours that read alike as one piece, `most` at once."""
+    stack: Piece | None = None
+    for piece in plain:
+        joined = None if stack is None or stack.count == most else _joined(stack, piece)
+        if stack is not None and joined is None:
+            yield stack
+        stack = joined or piece
+    if stack is not None:
+        yield stack
+
+
+def _joined(stack: Piece, piece: Piece) -> Piece | None:
+    """The stack with one more tile, if it is the next and reads what the stack's steps say."""
+    size = stack.queries[1] - stack.queries[0]
+    follows = piece.queries[0] == stack.queries[0] + stack.count * size and piece.queries[1] == piece.queries[0] + size
+    if not follows or len(stack.runs) != len(piece.runs):
+        return None
+    runs: list[Run] = []
+    for before, now in zip(stack.runs, piece.runs, strict=True):
+        step = now.first - before.first if stack.count == 1 else before.step
+        if step < 0 or replace(before.moved(step * stack.count), step=0) != now:
+            return None
+        runs.append(replace(before, step=step))
+    return replace(stack, runs=tuple(runs), count=stack.count + 1)

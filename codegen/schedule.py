@@ -13,7 +13,7 @@ other conjunctions' runs. Where the tile does not divide its period everything i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -123,14 +123,25 @@ class Schedule:
         """The tiles themselves, for numbers."""
         if self.listed:
             raise ValueError("this mask's tiles come from data: build their lists with codegen.lists")
-        flat = self.scalar(q0, q1, k0, k1, N, T, offset, tile, b, h, tables)
-        found: list[range] = []
-        cut = 0
-        for i in range(0, len(flat), 5):
-            found += _ranges(*flat[i : i + 5])
-            if i == 5 * len(self.full) - 5:
-                cut = len(found)
-        return Tiles(tuple(found[:cut]), tuple(found[cut:]))
+        return self._tiles(self.scalar(q0, q1, k0, k1, N, T, offset, tile, b, h, tables))
+
+    def of_queries(
+        self, tile: int, q0: Any, q1: Any, N: int, offset: int, b: int, h: int, tables: Mapping[str, Any]
+    ) -> list[Tiles]:
+        """`evaluate` over keys for many tiles of queries at once, q0 and q1 (tiles,)."""
+        if self.listed:
+            raise ValueError("this mask's tiles come from data: build their lists with codegen.lists")
+        flat = self.arrays(q0, q1, 0, 0, N, 0, offset, tile, b, h, tables)
+        columns = [np.broadcast_to(x, q0.shape).tolist() for x in flat]
+        return [self._tiles(row) for row in zip(*columns, strict=True)] if columns else [Tiles((), ())] * len(q0)
+
+    def _tiles(self, flat: Sequence[int]) -> Tiles:
+        cut = 5 * len(self.full)
+        full, masked = (
+            tuple(r for i in range(0, len(part), 5) for r in _ranges(*part[i : i + 5]))
+            for part in (flat[:cut], flat[cut:])
+        )
+        return Tiles(full, masked)
 
 
 def _ranges(start: int, count: int, step: int, width: int, skip: int) -> list[range]:
