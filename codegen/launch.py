@@ -1,0 +1,225 @@
+"""Runs generated kernels on tensors: which kernels, their tiles, their arguments. On a GPU, or in Triton's interpreter.
+
+Tensors are (batch, heads, tokens, dim); fewer kv heads and another value dim are allowed. Results are contiguous.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen import chip
+from codegen.chip import Config
+from codegen.compiled import function, options as compile_options
+from codegen.options import Options
+from codegen.spec import DType, KernelSpec, Phase
+from codegen.triton import arguments
+from rewrite.mask import Mask
+
+_DTYPES: dict[torch.dtype, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+DECODE_ROWS = 64
+"""Up to so many rows (queries x heads of a group) a query tile is small, and keys are shared out between programs."""
+
+
+def interpreting() -> bool:
+    """Whether Triton was told to interpret kernels, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention on tensors: what all its kernels share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    options: Options
+    configs: Mapping[str, Config]
+
+    @property
+    def group(self) -> int:
+        """Query heads of a kv head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def latent(self) -> bool:
+        """Values are the keys' first columns, in memory."""
+        q, v = self.k, self.v
+        return q.data_ptr() == v.data_ptr() and q.stride() == v.stride() and v.shape[-1] <= q.shape[-1]
+
+    def spec(self, phase: Phase, **more: Any) -> KernelSpec:
+        """The spec of one of the kernels, with its tiles."""
+        o, dtype = self.options, _DTYPES[self.q.dtype]
+        packed = phase != "dkdv" and 1 < self.group <= 64 and not getattr(self.mask,"per_head",False)
+        plain = KernelSpec(
+            phase,
+            dtype,
+            self.k.shape[-1],
+            self.v.shape[-1],
+            self.mask,
+            group=self.group,
+            packed=packed,
+            softcap=o.softcap is not None,
+            alibi=o.slopes is not None,
+            bias=o.bias is not None,
+            sinks=o.sinks is not None and phase in ("forward", "decode"),
+            lengths=o.lengths is not None,
+            upcast=dtype == "bf16" and interpreting(),
+        )
+        return _placed(replace(plain, **more), self.configs.get(phase))
+
+
+@lru_cache(maxsize=None)
+def _placed(spec: KernelSpec, config: Config | None) -> KernelSpec:
+    """The spec in the tiles asked for, or in the default ones."""
+    rows, keys, warps, stages = config or chip.default(spec)
+    return spec.with_tiles((rows, keys), warps, stages)
+
+
+@lru_cache(maxsize=None)
+def _names(spec: KernelSpec) -> tuple[str, ...]:
+    return tuple(a.name for a in arguments(spec))
+
+
+def run(spec: KernelSpec, grid: tuple[int, int, int], values: Mapping[str, Any]) -> None:
+    """Launches the kernel over `grid`, its arguments taken from `values` by name."""
+    if all(grid):
+        function(spec)[grid](*(values[name] for name in _names(spec)), **compile_options(spec))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, configs: Mapping[str, Config] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, T, Dv) and log-sum-exp (B, H, T) in fp32; rows with nothing to read give 0 and -inf.
+
+    `configs`: tiles by phase, in place of the default ones.
+    """
+    call = _call(q, k, v, mask, options, configs)
+    batch, heads, queries, _ = call.q.shape
+    out = call.q.new_empty(batch, heads, queries, v.shape[-1])
+    lse = call.q.new_empty(batch, heads, queries, dtype=torch.float32)
+    values = {**_values(call), "O": out, "LSE": lse}
+    shares = _shares(call)
+    if shares > 1:
+        _decode(call, values, shares)
+        return out, lse
+    spec = call.spec("forward", latent=call.latent)
+    tiles = -(-queries // spec.positions)
+    run(spec, (tiles, heads // call.group if spec.packed else heads, batch), values)
+    return out, lse
+
+
+def _decode(call: Call, values: dict[str, Any], shares: int) -> None:
+    """Few queries: programs share the keys out, then what they found is merged."""
+    batch, heads, queries, _ = call.q.shape
+    spec = call.spec("decode", latent=call.latent)
+    parts = torch.empty(shares, batch, heads, queries, call.v.shape[-1], dtype=torch.float32, device=call.q.device)
+    part_lse = torch.empty(shares, batch, heads, queries, dtype=torch.float32, device=call.q.device)
+    grid = (shares, heads // call.group if spec.packed else heads, batch)
+    run(spec, grid, {**values, "O": parts, "LSE": part_lse})
+    rows = batch * heads * queries
+    spec = _placed(KernelSpec("combine", spec.dtype, spec.dv, spec.dv), call.configs.get("combine"))
+    more = {"PARTS": parts, "PART_LSE": part_lse, "shares": shares, "rows": rows}
+    run(spec, (-(-rows // spec.tiles[0]), 1, 1), {**values, **more})
+
+
+def _shares(call: Call) -> int:
+    """How many programs share one query tile's keys: as many as fill the chip twice, one where there are many queries."""
+    batch, heads, queries, _ = call.q.shape
+    spec = call.spec("decode")
+    if queries > spec.positions:
+        return 1
+    programs = batch * (heads // call.group if spec.packed else heads)
+    tiles = -(-call.k.shape[2] // spec.tiles[1])
+    return max(1, min(tiles, 2 * chip.HOPPER.processors // max(1, programs), 128))
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    options: Options,
+    configs: Mapping[str, Config] | None = None,
+) -> dict[str, Tensor]:
+    """Gradients "q", "k", "v", and "bias" and "sinks" where the options have them and they ask for one."""
+    call = _call(q, k, v, mask, options, configs)
+    batch, heads, queries, dim = call.q.shape
+    keys, dv, kv_heads = k.shape[2], v.shape[-1], k.shape[1]
+    level, delta = torch.empty_like(lse), torch.empty_like(lse)
+    found = {"q": q.new_empty(batch, heads, queries, dim), "k": k.new_empty(batch, kv_heads, keys, dim)}
+    found["v"] = v.new_empty(batch, kv_heads, keys, dv)
+    grad = _rows(grad)
+    values = {**_values(call), **_strides("g", "bht", grad), "O": out, "DO": grad, "LSE": lse, "LEVEL": level}
+    values |= {"DELTA": delta, "DQ": found["q"], "DK": found["k"], "DV": found["v"]}
+    spec = _placed(KernelSpec("delta", call.spec("dq").dtype, dv, dv, lengths=options.lengths is not None), None)
+    run(spec, (-(-queries // spec.tiles[0]), heads, batch), values)
+    spec = call.spec("dkdv")
+    run(spec, (-(-keys // spec.tiles[1]), kv_heads, batch), values)
+    bias = options.bias if options.bias is not None and options.bias.requires_grad else None
+    if bias is not None:
+        values["DBIAS"] = q.new_zeros(batch, heads, queries, keys, dtype=torch.float32)
+    spec = call.spec("dq", dbias=bias is not None)
+    run(spec, (-(-queries // spec.positions), kv_heads if spec.packed else heads, batch), values)
+    if bias is not None:
+        found["bias"] = values["DBIAS"].sum_to_size(bias.shape).to(bias.dtype)
+    if options.sinks is not None:
+        share = torch.exp(options.sinks.float()[:, None] - torch.where(lse == -torch.inf, torch.inf, lse))
+        found["sinks"] = -(share * delta).sum((0, 2)).to(options.sinks.dtype)
+    return found
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, configs: Mapping[str, Config] | None) -> Call:
+    """The tensors as kernels take them, or a refusal."""
+    reason = refuse(q, k, v, options)
+    if reason is not None:
+        raise ValueError(reason)
+    return Call(_rows(q), _rows(k), _rows(v), mask, options, configs or {})
+
+
+def refuse(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
+    """Why the kernels cannot run on these tensors, or None."""
+    if q.dtype not in _DTYPES:
+        return f"kernels are generated for fp16, bf16 and fp32, and the queries are {q.dtype}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"queries, keys and values are of one type, and these are {q.dtype}, {k.dtype}, {v.dtype}"
+    if not q.is_cuda and not interpreting():
+        return f"kernels run on a GPU, and the queries are on {q.device}: the CPU has its own back end"
+    if q.shape[1] % k.shape[1]:
+        return f"{q.shape[1]} query heads cannot share {k.shape[1]} kv heads evenly"
+    if not options.scale > 0:
+        return f"the scale is {options.scale}, and the softmax's running maximum needs one above zero: negate the queries"
+    return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with the columns of a head beside each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _strides(letter: str, axes: str, tensor: Tensor) -> dict[str, int]:
+    return {f"{letter}_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
+
+
+def _values(call: Call) -> dict[str, Any]:
+    """Arguments by name; those that a spec does not name are not passed."""
+    q, k, v, o = call.q, call.k, call.v, call.options
+    values: dict[str, Any] = {"Q": q, "K": k, "V": v, "scale": o.scale, "softcap": o.softcap}
+    values |= {**_strides("q", "bht", q), **_strides("k", "bhn", k), **_strides("v", "bhn", v)}
+    values |= {"T_all": q.shape[2], "N_all": k.shape[2], "sinks": o.sinks, "slopes": o.slopes}
+    if o.bias is not None:
+        bias = o.bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        values |= {"bias": bias, **_strides("bias", "bhqk", bias)}
+    if o.lengths is not None:
+        values |= {"query_lengths": o.lengths[0], "key_lengths": o.lengths[1]}
+    return values

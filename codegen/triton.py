@@ -1,0 +1,27 @@
+"""From a `KernelSpec` to the readable source of its kernel: one file a kernel, its spec as header."""
+
+from __future__ import annotations
+
+from codegen.spec import Argument, KernelSpec
+from codegen.triton_backward import backward_arguments, dkdv_source, dq_source
+from codegen.triton_forward import forward_arguments, forward_source
+from codegen.triton_rows import combine_arguments, combine_source, delta_arguments, delta_source
+
+_FORMS = {
+    "forward": (forward_source, forward_arguments),
+    "decode": (forward_source, forward_arguments),
+    "combine": (combine_source, combine_arguments),
+    "delta": (delta_source, delta_arguments),
+    "dkdv": (dkdv_source, backward_arguments),
+    "dq": (dq_source, backward_arguments),
+}
+
+
+def source(spec: KernelSpec) -> str:
+    """The kernel's file."""
+    return _FORMS[spec.phase][0](spec)
+
+
+def arguments(spec: KernelSpec) -> list[Argument]:
+    """What the kernel's function takes, in order."""
+    return _FORMS[spec.phase][1](spec)
