@@ -34,12 +34,14 @@ class Chip:
 HOPPER = Chip("sm_90", 232_448, 255, 132)
 INSTINCT = Chip("gfx942", 65_536, 512, 304)
 
-_FORWARD = {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 192: Config(128, 64, 8, 2), 256: Config(128, 64, 8, 2)}
-_DKDV = {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 192: Config(32, 64, 8, 1), 256: Config(32, 64, 8, 1)}
-_DQ = {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 192: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 2)}
-_DECODE = {64: Config(16, 128, 4, 3), 128: Config(16, 128, 4, 2), 192: Config(16, 64, 4, 2), 256: Config(16, 64, 4, 2)}
-_TABLES = {"forward": _FORWARD, "decode": _DECODE, "dkdv": _DKDV, "dq": _DQ}
-_WIDE = {"forward": Config(64, 32, 8, 2), "decode": Config(16, 64, 8, 2), "dkdv": Config(16, 32, 8, 1), "dq": Config(16, 32, 8, 1)}
+_FORWARD = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 192: (128, 64, 8, 2), 256: (128, 64, 8, 2), 1024: (64, 32, 8, 2)}
+_FEW = {64: (64, 128, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2), 1024: (64, 32, 8, 2)}
+_DECODE = {64: (16, 128, 4, 3), 128: (16, 128, 4, 2), 256: (16, 64, 4, 2), 1024: (16, 64, 8, 2)}
+_DKDV = {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 192: (32, 64, 8, 2), 256: (32, 32, 8, 2), 1024: (16, 16, 8, 1)}
+_DQ = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2), 1024: (16, 16, 8, 1)}
+_TABLES = {"dkdv": _DKDV, "dq": _DQ}
+FEW_ROWS = 64
+"""Up to so many rows (queries x heads of a group) a query tile is cut to what there is."""
 
 
 def width(spec: KernelSpec) -> int:
@@ -47,29 +49,36 @@ def width(spec: KernelSpec) -> int:
     return max(sum(c.size for c in chunks(dim)) for dim in (spec.dqk, spec.dv))
 
 
-def default(spec: KernelSpec) -> Config:
-    """Tiles, warps and stages to begin with: measured on sm_90 for 16 bits, half the keys for 32."""
+def default(spec: KernelSpec, rows: int) -> Config:
+    """Tiles, warps and stages to begin with, for `rows` rows of queries: chosen for 16 bits on sm_90, smaller for 32."""
     if spec.phase in ("combine", "delta"):
         return Config(16 if spec.phase == "combine" else 64, 16, 4, 1)
-    table = _TABLES[spec.phase]
-    wide = [size for size in table if size >= width(spec)]
-    config = table[min(wide)] if wide else _WIDE[spec.phase]
+    table = _TABLES.get(spec.phase) or (_FORWARD if rows > FEW_ROWS else _FEW if rows > 32 else _DECODE)
+    config = Config(*table[min(size for size in table if size >= width(spec))])
+    if spec.phase in ("forward", "decode") and rows <= 32:
+        config = config._replace(rows=16 if rows <= 16 else 32, keys=config.keys if rows <= 16 else config.keys // 2)
     if spec.dtype == "fp32":
-        config = Config(max(16, config.rows // 2), max(16, config.keys // 2), config.warps, 1)
+        config = config._replace(rows=max(16, config.rows // 2), keys=max(16, config.keys // 2), stages=1)
     return config
 
 
 def shared(spec: KernelSpec) -> int:
-    """Bytes of shared memory: the tile that stays, and the tiles that are read ahead, as the compiler lays them out."""
-    rows, keys = spec.tiles
-    key_bytes = sum(c.size for c in chunks(spec.dqk)) * spec.bytes
-    value_bytes = sum(c.size for c in chunks(spec.dv)) * spec.bytes
+    """Bytes of shared memory: the tile that stays and those that are read ahead.
+
+    Products of 64 rows and more read their operands from shared memory; smaller ones go by registers, which takes one
+    tile less, and a conversion of the weights.
+    """
     if spec.phase in ("combine", "delta"):
         return 0
-    if spec.phase == "dkdv":
-        return keys * (key_bytes + value_bytes) + spec.stages * rows * (key_bytes + value_bytes + 8)
-    resident = rows * (key_bytes + (value_bytes if spec.phase == "dq" else 0))
-    return resident + spec.stages * keys * (key_bytes + (0 if spec.latent else value_bytes))
+    rows, keys = spec.tiles
+    key_bytes = sum(c.size for c in chunks(spec.dqk)) * spec.bytes
+    value_bytes = 0 if spec.latent else sum(c.size for c in chunks(spec.dv)) * spec.bytes
+    stays, moves = (keys, rows) if spec.phase == "dkdv" else (rows, keys)
+    ahead = spec.stages if stays >= 64 else max(1, spec.stages - 1)
+    resident = stays * (key_bytes + (value_bytes if spec.phase in ("dq", "dkdv") else 0))
+    extra = (spec.stages - 1) * rows * 8 if spec.phase == "dkdv" else 0
+    extra += rows * keys * spec.bytes if stays < 64 else 0
+    return resident + ahead * moves * (key_bytes + value_bytes) + extra
 
 
 def refuse(spec: KernelSpec, chip: Chip = HOPPER) -> str | None:

@@ -23,13 +23,15 @@ from codegen.triton import arguments
 from rewrite.mask import Mask
 
 _DTYPES: dict[torch.dtype, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-DECODE_ROWS = 64
-"""Up to so many rows (queries x heads of a group) a query tile is small, and keys are shared out between programs."""
 
 
 def interpreting() -> bool:
     """Whether Triton was told to interpret kernels, on tensors of the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+MOST_SHARES = 128
+"""Of one query tile's keys: merging them reads them all again."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Call:
         return self.q.shape[1] // self.k.shape[1]
 
     @property
+    def dtype(self) -> DType:
+        """Of queries, keys and values."""
+        return _DTYPES[self.q.dtype]
+
+    @property
     def latent(self) -> bool:
         """Values are the keys' first columns, in memory."""
         q, v = self.k, self.v
@@ -56,8 +63,8 @@ class Call:
 
     def spec(self, phase: Phase, **more: Any) -> KernelSpec:
         """The spec of one of the kernels, with its tiles."""
-        o, dtype = self.options, _DTYPES[self.q.dtype]
-        packed = phase != "dkdv" and 1 < self.group <= 64 and not getattr(self.mask,"per_head",False)
+        o, dtype = self.options, self.dtype
+        packed = phase != "dkdv" and self.group > 1 and not getattr(self.mask,"per_head",False)
         plain = KernelSpec(
             phase,
             dtype,
@@ -73,13 +80,22 @@ class Call:
             lengths=o.lengths is not None,
             upcast=dtype == "bf16" and interpreting(),
         )
-        return _placed(replace(plain, **more), self.configs.get(phase))
+        return _placed(replace(plain, **more), self.rows(packed), self.configs.get(phase))
+
+    def rows(self, packed: bool) -> int:
+        """Rows of queries that one program's tiles are cut from."""
+        return self.q.shape[2] * (self.group if packed else 1)
+
+    def grid(self, spec: KernelSpec) -> tuple[int, int, int]:
+        """Query tiles, heads, batch."""
+        heads = self.k.shape[1] if spec.packed else self.q.shape[1]
+        return -(-self.rows(spec.packed) // spec.tiles[0]), heads, self.q.shape[0]
 
 
 @lru_cache(maxsize=None)
-def _placed(spec: KernelSpec, config: Config | None) -> KernelSpec:
-    """The spec in the tiles asked for, or in the default ones."""
-    rows, keys, warps, stages = config or chip.default(spec)
+def _placed(spec: KernelSpec, queries: int, config: Config | None) -> KernelSpec:
+    """The spec in the tiles asked for, or in the default ones for so many rows of queries."""
+    rows, keys, warps, stages = config or chip.default(spec, queries)
     return spec.with_tiles((rows, keys), warps, stages)
 
 
@@ -109,10 +125,9 @@ def forward(
     shares = _shares(call)
     if shares > 1:
         _decode(call, values, shares)
-        return out, lse
-    spec = call.spec("forward", latent=call.latent)
-    tiles = -(-queries // spec.positions)
-    run(spec, (tiles, heads // call.group if spec.packed else heads, batch), values)
+    else:
+        spec = call.spec("forward", latent=call.latent)
+        run(spec, call.grid(spec), values)
     return out, lse
 
 
@@ -120,25 +135,24 @@ def _decode(call: Call, values: dict[str, Any], shares: int) -> None:
     """Few queries: programs share the keys out, then what they found is merged."""
     batch, heads, queries, _ = call.q.shape
     spec = call.spec("decode", latent=call.latent)
-    parts = torch.empty(shares, batch, heads, queries, call.v.shape[-1], dtype=torch.float32, device=call.q.device)
+    parts = torch.empty(shares, batch, heads, queries, spec.dv, dtype=torch.float32, device=call.q.device)
     part_lse = torch.empty(shares, batch, heads, queries, dtype=torch.float32, device=call.q.device)
-    grid = (shares, heads // call.group if spec.packed else heads, batch)
-    run(spec, grid, {**values, "O": parts, "LSE": part_lse})
+    tiles, *others = call.grid(spec)
+    run(spec, (tiles * shares, others[0], others[1]), {**values, "O": parts, "LSE": part_lse, "shares": shares})
     rows = batch * heads * queries
-    spec = _placed(KernelSpec("combine", spec.dtype, spec.dv, spec.dv), call.configs.get("combine"))
+    spec = _placed(KernelSpec("combine", spec.dtype, spec.dv, spec.dv), rows, call.configs.get("combine"))
     more = {"PARTS": parts, "PART_LSE": part_lse, "shares": shares, "rows": rows}
     run(spec, (-(-rows // spec.tiles[0]), 1, 1), {**values, **more})
 
 
 def _shares(call: Call) -> int:
-    """How many programs share one query tile's keys: as many as fill the chip twice, one where there are many queries."""
-    batch, heads, queries, _ = call.q.shape
-    spec = call.spec("decode")
-    if queries > spec.positions:
+    """Programs that share one query tile's keys: 1 where tiles of queries fill the chip, else what fills it twice."""
+    spec = call.spec("decode", latent=call.latent)
+    tiles, heads, batch = call.grid(spec)
+    programs, processors = tiles * heads * batch, chip.HOPPER.processors
+    if not 0 < programs <= processors // 2:
         return 1
-    programs = batch * (heads // call.group if spec.packed else heads)
-    tiles = -(-call.k.shape[2] // spec.tiles[1])
-    return max(1, min(tiles, 2 * chip.HOPPER.processors // max(1, programs), 128))
+    return max(1, min(-(-call.k.shape[2] // spec.tiles[1]), 2 * processors // programs, MOST_SHARES))
 
 
 def backward(
@@ -162,7 +176,7 @@ def backward(
     grad = _rows(grad)
     values = {**_values(call), **_strides("g", "bht", grad), "O": out, "DO": grad, "LSE": lse, "LEVEL": level}
     values |= {"DELTA": delta, "DQ": found["q"], "DK": found["k"], "DV": found["v"]}
-    spec = _placed(KernelSpec("delta", call.spec("dq").dtype, dv, dv, lengths=options.lengths is not None), None)
+    spec = _placed(KernelSpec("delta", call.dtype, dv, dv, lengths=options.lengths is not None), queries, None)
     run(spec, (-(-queries // spec.tiles[0]), heads, batch), values)
     spec = call.spec("dkdv")
     run(spec, (-(-keys // spec.tiles[1]), kv_heads, batch), values)
@@ -170,7 +184,7 @@ def backward(
     if bias is not None:
         values["DBIAS"] = q.new_zeros(batch, heads, queries, keys, dtype=torch.float32)
     spec = call.spec("dq", dbias=bias is not None)
-    run(spec, (-(-queries // spec.positions), kv_heads if spec.packed else heads, batch), values)
+    run(spec, call.grid(spec), values)
     if bias is not None:
         found["bias"] = values["DBIAS"].sum_to_size(bias.shape).to(bias.dtype)
     if options.sinks is not None:

@@ -51,7 +51,7 @@ class KernelSpec:
 
     phase: forward reads all keys of a query tile; decode a share of them, and combine merges the shares; delta, dkdv
     and dq are the backward pass. `dqk`, `dv`: head dims of queries with keys, and of values. `group`: query heads of
-    a kv head; `packed`: the rows of a tile are (position, head of the group). `latent`: values are the first `dv`
+    a kv head; `packed`: the rows of a tile are (query, head of the group). `latent`: values are the first `dv`
     columns of the keys, which are read once. `tiles`: rows of a query tile, keys of a key tile.
     `upcast`: multiply in fp32 (the interpreter cannot multiply bf16).
     """
@@ -105,11 +105,6 @@ class KernelSpec:
         return f"{self.phase}_{self.dtype}_{self.dqk}_{self.dv}_{self.digest}"
 
     @property
-    def positions(self) -> int:
-        """Query positions in a tile."""
-        return self.tiles[0] // self.group if self.packed else self.tiles[0]
-
-    @property
     def bytes(self) -> int:
         """Of one element of queries, keys and values."""
         return BYTES[self.dtype]
@@ -128,8 +123,6 @@ def _refuse(spec: KernelSpec) -> str | None:
     rows, keys = spec.tiles
     if any(n < SMALLEST or n & (n - 1) for n in (rows, keys)):
         return f"tiles are powers of two of at least {SMALLEST}, and these are {rows}x{keys}"
-    if spec.packed and spec.group > rows:
-        return f"a packed tile holds whole groups, and {spec.group} heads do not fit in {rows} rows"
     if spec.latent and spec.dv > spec.dqk:
         return f"values cannot be the first {spec.dv} columns of keys that have {spec.dqk}"
     if spec.dbias and spec.phase != "dq":

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from codegen.loops import loops
 from codegen.spec import Argument, KernelSpec, chunks
-from codegen.triton_forward import key_tile, value_tile
+from codegen.triton_forward import key_offsets, key_tile, value_tile
 from codegen.triton_text import (
+    HEAVY_FIRST,
     LENGTHS,
     LOG2E,
     at_head,
@@ -25,6 +26,7 @@ from codegen.triton_text import (
     mask_arguments,
     modifier_arguments,
     narrow,
+    offsets,
     places,
     product,
     query_rows,
@@ -52,14 +54,15 @@ def backward_arguments(spec: KernelSpec) -> list[Argument]:
 def dq_source(spec: KernelSpec) -> str:
     """DQ of a tile of queries, over the key tiles it reads; DBIAS too where it is asked for."""
     found = loops(spec.mask, "k")
-    body = [f"tile: tl.constexpr = {spec.tiles[1]}", *places(spec, (0, 1, 2)), *real_lengths(spec), *query_rows(spec)]
+    body = [f"tile: tl.constexpr = {spec.tiles[1]}", HEAVY_FIRST, *places(spec)]
+    body += [*real_lengths(spec), *query_rows(spec)]
     body += [*factors(spec), *columns(spec.dqk, spec.dv), ""]
     body += [at_head("queries", "Q", "h", "q"), at_head("keys", "K", "h_k", "k"), at_head("values", "V", "h_k", "v")]
     body += [at_head("grads", "DO", "h", "g"), row_offsets("from_query", "q", spec), row_offsets("from_grad", "g", spec)]
-    body += load("query", "queries", "from_query", spec.dqk, "live")
-    body += load("grad", "grads", "from_grad", spec.dv, "live")
+    body += [*offsets("query", "from_query", spec.dqk), *load("query", "queries", spec.dqk, "live")]
+    body += [*offsets("grad", "from_grad", spec.dv), *load("grad", "grads", spec.dv, "live")]
     body += ['level = tl.load(LEVEL + row_index, mask=live, other=float("inf"))']
-    body += ["delta = tl.load(DELTA + row_index, mask=live, other=0.0)", "n = tl.arange(0, tile)"]
+    body += ["delta = tl.load(DELTA + row_index, mask=live, other=0.0)", *key_offsets(spec)]
     body += [f"out_{i} = tl.zeros([{spec.tiles[0]}, {c.size}], tl.float32)" for i, c in enumerate(chunks(spec.dqk))]
     body += ["", *bounds(spec, found, "q0 < q1")]
     for loop, masked in ((found.full, False), (found.masked, True)):
@@ -95,8 +98,9 @@ def dkdv_source(spec: KernelSpec) -> str:
     body += [f"n = tl.arange(0, {spec.tiles[1]})", "key_index = k0 + n", "there = key_index < N", "k = key_index[:, None]"]
     body += [*factors(spec), *columns(spec.dqk, spec.dv), "row = tl.arange(0, tile)", ""]
     body += [at_head("keys", "K", "h_k", "k"), at_head("values", "V", "h_k", "v")]
-    body += load("key", "keys", "(key_index.to(tl.int64) * k_n)", spec.dqk, "there")
-    body += load("value", "values", "(key_index.to(tl.int64) * v_n)", spec.dv, "there")
+    body += [*offsets("key", "(key_index.to(tl.int64) * k_n)", spec.dqk), *load("key", "keys", spec.dqk, "there")]
+    body += [*offsets("value", "(key_index.to(tl.int64) * v_n)", spec.dv), *load("value", "values", spec.dv, "there")]
+    body += [*offsets("query", "(row * q_t)", spec.dqk), *offsets("grad", "(row * g_t)", spec.dv)]
     for name, dim in (("dk", spec.dqk), ("dv", spec.dv)):
         body += [f"{name}_{i} = tl.zeros([{spec.tiles[1]}, {c.size}], tl.float32)" for i, c in enumerate(chunks(dim))]
     each = [f"h = h_k * {spec.group} + member", *bounds(spec, found, "k0 < k1")]
@@ -120,7 +124,7 @@ def _dkdv_step(spec: KernelSpec, masked: bool) -> list[str]:
     lines = ["begin = number * tile", "index = begin + row", "live = index < T"]
     lines += ["q = (index + offset)[None, :]"] if masked or spec.modified else []
     lines += ["q_from = queries + tl.cast(begin, tl.int64) * q_t", "g_from = grads + tl.cast(begin, tl.int64) * g_t"]
-    lines += [*load("query", "q_from", "(row * q_t)", spec.dqk, within), *product(spec, "s", "key", "query", spec.dqk)]
+    lines += [*load("query", "q_from", spec.dqk, within), *product(spec, "s", "key", "query", spec.dqk)]
     lines += ["bias_rows = bias_head + index.to(tl.int64) * bias_q"] if spec.bias else []
     pairs = "there[:, None] & live[None, :]"
     lines += scores(spec, "[None, :]", "[:, None]", pairs)
@@ -129,7 +133,7 @@ def _dkdv_step(spec: KernelSpec, masked: bool) -> list[str]:
     if masked:
         keep = loops(spec.mask, "q").keep
         lines += [f"p = tl.where(live[None, :]" + (f" & ({keep})" if keep else "") + ", p, 0.0)"]
-    lines += [*load("grad", "g_from", "(row * g_t)", spec.dv, within), f"weights = {narrow(spec, 'p')}"]
+    lines += [*load("grad", "g_from", spec.dv, within), f"weights = {narrow(spec, 'p')}"]
     lines += [f"dv_{i} = {dot(spec, 'weights', f'grad_{i}', f'dv_{i}')}" for i in range(len(chunks(spec.dv)))]
     lines += product(spec, "dp", "value", "grad", spec.dv)
     rows = ", mask=live, other=0.0" if masked else ""

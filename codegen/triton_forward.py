@@ -9,6 +9,7 @@ from __future__ import annotations
 from codegen.loops import loops
 from codegen.spec import TRITON, Argument, KernelSpec, chunks
 from codegen.triton_text import (
+    HEAVY_FIRST,
     LENGTHS,
     LN2,
     LOG2E,
@@ -24,6 +25,7 @@ from codegen.triton_text import (
     mask_arguments,
     modifier_arguments,
     narrow,
+    offsets,
     places,
     product,
     query_rows,
@@ -46,7 +48,7 @@ def forward_arguments(spec: KernelSpec) -> list[Argument]:
     found += [*mask_arguments(spec), *modifier_arguments(spec)]
     found += [*strides("q", "bht", spec.dqk), *strides("k", "bhn", spec.dqk)]
     found += [] if spec.latent else strides("v", "bhn", spec.dv)
-    return [*found, *LENGTHS]
+    return [*found, *LENGTHS, *([Argument("shares", "i32")] if split else [])]
 
 
 def forward_source(spec: KernelSpec) -> str:
@@ -54,8 +56,8 @@ def forward_source(spec: KernelSpec) -> str:
     split = spec.phase == "decode"
     found = loops(spec.mask, "k")
     body = [f"tile: tl.constexpr = {spec.tiles[1]}"]
-    body += ["share = tl.program_id(0)", "shares = tl.num_programs(0)", "at = 0"] if split else []
-    body += [*places(spec, (-1 if split else 0, 1, 2)), *real_lengths(spec), *query_rows(spec)]
+    body += ["at = tl.program_id(0) // shares", "share = tl.program_id(0) % shares"] if split else [HEAVY_FIRST]
+    body += [*places(spec), *real_lengths(spec), *query_rows(spec)]
     body += [*factors(spec), *columns(spec.dqk, spec.dv), "", *_start(spec), ""]
     body += bounds(spec, found, "q0 < q1")
     for loop, masked in ((found.full, False), (found.masked, True)):
@@ -70,8 +72,8 @@ def _start(spec: KernelSpec) -> list[str]:
     rows = spec.tiles[0]
     lines = [at_head("queries", "Q", "h", "q"), at_head("keys", "K", "h_k", "k")]
     lines += [] if spec.latent else [at_head("values", "V", "h_k", "v")]
-    lines += [row_offsets("from_query", "q", spec), *load("query", "queries", "from_query", spec.dqk, "live")]
-    lines.append("n = tl.arange(0, tile)")
+    lines += [row_offsets("from_query", "q", spec), *offsets("query", "from_query", spec.dqk)]
+    lines += [*load("query", "queries", spec.dqk, "live"), *key_offsets(spec)]
     if spec.sinks:
         lines.append(f"m = tl.zeros([{rows}], tl.float32) + tl.load(sinks + head).to(tl.float32) * {LOG2E}")
         lines.append(f"l = tl.full([{rows}], 1.0, tl.float32)")
@@ -83,6 +85,12 @@ def _start(spec: KernelSpec) -> list[str]:
     return lines + [f"out_{i} = tl.zeros([{rows}, {c.size}], tl.float32)" for i, c in enumerate(chunks(spec.dv))]
 
 
+def key_offsets(spec: KernelSpec) -> list[str]:
+    """Where the elements of a key tile stand from its first one."""
+    lines = ["n = tl.arange(0, tile)", *offsets("key", "(n * k_n)", spec.dqk)]
+    return lines + ([] if spec.latent else offsets("value", "(n * v_n)", spec.dv))
+
+
 def key_tile(spec: KernelSpec, masked: bool) -> list[str]:
     """Loads the keys of tile `number`; `k` are their positions, `there` those that exist."""
     lines = ["begin = number * tile"]
@@ -90,7 +98,7 @@ def key_tile(spec: KernelSpec, masked: bool) -> list[str]:
         lines += ["key_index = begin + n", "k = key_index[None, :]"]
     lines += ["there = key_index < N"] if masked else []
     lines.append("k_from = keys + tl.cast(begin, tl.int64) * k_n")
-    return lines + load("key", "k_from", "(n * k_n)", spec.dqk, "there" if masked else None)
+    return lines + load("key", "k_from", spec.dqk, "there" if masked else None)
 
 
 def value_tile(spec: KernelSpec, masked: bool) -> list[str]:
@@ -98,7 +106,7 @@ def value_tile(spec: KernelSpec, masked: bool) -> list[str]:
     if spec.latent:
         return [f"value_{i} = key_{i}" for i in range(len(chunks(spec.dv)))]
     lines = ["v_from = values + tl.cast(begin, tl.int64) * v_n"]
-    return lines + load("value", "v_from", "(n * v_n)", spec.dv, "there" if masked else None)
+    return lines + load("value", "v_from", spec.dv, "there" if masked else None)
 
 
 def _step(spec: KernelSpec, masked: bool) -> list[str]:

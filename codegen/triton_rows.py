@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codegen.spec import Argument, KernelSpec, chunks
-from codegen.triton_text import LN2, LOG2E, columns, indent, kernel, load, store, strides
+from codegen.triton_text import LN2, LOG2E, columns, indent, kernel, load, offsets, store, strides
 
 
 def combine_arguments(spec: KernelSpec) -> list[Argument]:
@@ -23,7 +23,7 @@ def combine_source(spec: KernelSpec) -> str:
     step += [f'lse = tl.load(PART_LSE + part_row, mask=owned, other=float("-inf")) * {LOG2E}']
     step += ["peak = tl.maximum(m, lse)", 'level = tl.where(peak == float("-inf"), 0.0, peak)']
     step += ["fade = tl.exp2(m - level)", "weight = tl.exp2(lse - level)", "l = l * fade + weight", "m = peak"]
-    step += load("part", "PARTS", f"(part_row * {spec.dv})", spec.dv, "owned")
+    step += [*offsets("part", f"(part_row * {spec.dv})", spec.dv), *load("part", "PARTS", spec.dv, "owned")]
     step += [f"out_{i} = out_{i} * fade[:, None] + part_{i} * weight[:, None]" for i in parts]
     body += ["for i in range(0, shares):", *indent(step), "total = tl.where(l == 0.0, 1.0, l)[:, None]"]
     body += [f"out_{i} = out_{i} / total" for i in parts]
@@ -51,8 +51,8 @@ def delta_source(spec: KernelSpec) -> str:
     body += ["live = index < tl.load(query_lengths + b)" if spec.lengths else "live = owned", *columns(spec.dv)]
     body += ["row = (b.to(tl.int64) * heads + h) * T_all + index"]
     body += ["grads = DO + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h"]
-    body += load("out", "O", f"(row * {spec.dv})", spec.dv, "live")
-    body += load("grad", "grads", "(index.to(tl.int64) * g_t)", spec.dv, "live")
+    body += [*offsets("out", f"(row * {spec.dv})", spec.dv), *load("out", "O", spec.dv, "live")]
+    body += [*offsets("grad", "(index.to(tl.int64) * g_t)", spec.dv), *load("grad", "grads", spec.dv, "live")]
     body += [f"delta = tl.zeros([{rows}], tl.float32)"]
     for i in range(len(chunks(spec.dv))):
         body.append(f"delta += tl.sum(out_{i}.to(tl.float32) * grad_{i}.to(tl.float32), 1)")

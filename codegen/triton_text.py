@@ -41,24 +41,32 @@ def _within(chunk: Chunk, rows: str | None) -> str | None:
     return " & ".join(tests) or None
 
 
-def load(name: str, pointer: str, offsets: str, dim: int, rows: str | None) -> list[str]:
-    """Blocks `<name>_0`, ... of a head: `offsets` to the rows' first columns; rows outside `rows` are zero."""
+def offsets(name: str, rows: str, dim: int) -> list[str]:
+    """Blocks `<name>_at_0`, ... of offsets to a head's elements from the rows' first columns `rows`.
+
+    Named before a loop: a sum with a pointer that moves would be made again in each round.
+    """
+    return [f"{name}_at_{i} = {rows}[:, None] + {cols(chunk)}[None, :]" for i, chunk in enumerate(chunks(dim))]
+
+
+def load(name: str, pointer: str, dim: int, rows: str | None) -> list[str]:
+    """Blocks `<name>_0`, ... of a head by its `offsets`; rows outside `rows` are zero."""
     lines: list[str] = []
     for i, chunk in enumerate(chunks(dim)):
         within = _within(chunk, rows)
         mask = f", mask={within}, other=0.0" if within else ""
-        lines.append(f"{name}_{i} = tl.load({pointer} + {offsets}[:, None] + {cols(chunk)}[None, :]{mask})")
+        lines.append(f"{name}_{i} = tl.load({pointer} + {name}_at_{i}{mask})")
     return lines
 
 
-def store(name: str, pointer: str, offsets: str, dim: int, rows: str | None) -> list[str]:
-    """The reverse of `load`, for values in fp32, turned into the type of what they are written to."""
+def store(name: str, pointer: str, at: str, dim: int, rows: str | None) -> list[str]:
+    """The reverse of `load`, `at` being the rows' first columns, in the type of what is written to."""
     lines: list[str] = []
     for i, chunk in enumerate(chunks(dim)):
         within = _within(chunk, rows)
         mask = f", mask={within}" if within else ""
         lines.append(f"out = {name}_{i}.to({pointer}.dtype.element_ty)")
-        lines.append(f"tl.store({pointer} + {offsets}[:, None] + {cols(chunk)}[None, :], out{mask})")
+        lines.append(f"tl.store({pointer} + {at}[:, None] + {cols(chunk)}[None, :], out{mask})")
     return lines
 
 
@@ -127,31 +135,27 @@ def real_lengths(spec: KernelSpec) -> list[str]:
     return [*lines, "offset = N - T"]
 
 
-def places(spec: KernelSpec, axes: tuple[int, int, int]) -> list[str]:
-    """Which tile, kv head or query head, and batch row this program has, from the grid's `axes`."""
-    tile, head, batch = axes
-    lines = [] if tile < 0 else [f"at = tl.num_programs({tile}) - 1 - tl.program_id({tile})"]
-    lines.append(f"b = tl.program_id({batch})")
+def places(spec: KernelSpec) -> list[str]:
+    """Which head (of keys, where a tile holds the group) and batch row this program has."""
+    lines = ["b = tl.program_id(2)"]
     if spec.packed:
-        lines += [f"h_k = tl.program_id({head})", f"h = h_k * {spec.group}", f"heads = tl.num_programs({head}) * {spec.group}"]
+        lines += ["h_k = tl.program_id(1)", f"h = h_k * {spec.group}", f"heads = tl.num_programs(1) * {spec.group}"]
     else:
-        lines += [f"h = tl.program_id({head})", f"h_k = h // {spec.group}" if spec.group > 1 else "h_k = h"]
-        lines += [f"heads = tl.num_programs({head})"]
+        lines += ["h = tl.program_id(1)", f"h_k = h // {spec.group}" if spec.group > 1 else "h_k = h"]
+        lines += ["heads = tl.num_programs(1)"]
     return lines
 
 
 def query_rows(spec: KernelSpec) -> list[str]:
     """The rows of a query tile: `index` (query number), `head`, `live` (to compute), `owned` (to write), q0, q1."""
-    rows, positions, group = spec.tiles[0], spec.positions, spec.group
-    lines = [f"first = at * {positions}", "q0 = first + offset", f"q1 = tl.minimum(first + {positions}, T) + offset"]
-    lines.append(f"row = tl.arange(0, {rows})")
+    rows, group = spec.tiles[0], spec.group
+    lines = [f"first = at * {rows}", f"row = first + tl.arange(0, {rows})"]
     if spec.packed and group > 1:
-        lines += [f"index = first + row // {group}  # a row is a position and a head of the group"]
-        lines += [f"head = h + row % {group}"]
+        lines += [f"q0 = first // {group} + offset", f"q1 = tl.minimum((first + {rows - 1}) // {group} + 1, T) + offset"]
+        lines += [f"index = row // {group}  # a row is a query and a head of the group", f"head = h + row % {group}"]
     else:
-        lines += ["index = first + row", "head = h"]
-    whole = f"(row < {positions * group}) & " if spec.packed and rows % group else ""
-    lines += [f"live = {whole}(index < T)", f"owned = {whole}(index < T_all)" if spec.lengths else "owned = live"]
+        lines += ["q0 = first + offset", f"q1 = tl.minimum(first + {rows}, T) + offset", "index = row", "head = h"]
+    lines += ["live = index < T", "owned = index < T_all" if spec.lengths else "owned = live"]
     lines += ["q = (index + offset)[:, None]"]
     if spec.alibi:
         lines.append(f"slope = tl.load(slopes + head).to(tl.float32) * {LOG2E}")
@@ -221,4 +225,5 @@ def strides(letter: str, axes: str, dim: int) -> list[Argument]:
     return [Argument(f"{letter}_{axis}", "i32", dim % 16 == 0) for axis in axes]
 
 
+HEAVY_FIRST = "at = tl.num_programs(0) - 1 - tl.program_id(0)  # of causal queries, the last read most"
 LENGTHS = (Argument("T_all", "i32"), Argument("N_all", "i32"))
