@@ -11,15 +11,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from codegen import chip
 from codegen.chip import Config
 from codegen.compiled import function, options as compile_options
+from codegen.loops import TABLE, pattern
 from codegen.options import Options
 from codegen.spec import DType, KernelSpec, Phase
 from codegen.triton import arguments
+from codegen.tune import bucket, fastest, store, tuned
 from rewrite.mask import Mask
 
 _DTYPES: dict[torch.dtype, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -30,6 +33,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+FAR = 2**30
+"""Farther than any position, with room for sums in 32 bits."""
 MOST_SHARES = 128
 """Of one query tile's keys: merging them reads them all again."""
 
@@ -58,19 +63,20 @@ class Call:
     @property
     def latent(self) -> bool:
         """Values are the keys' first columns, in memory."""
-        q, v = self.k, self.v
-        return q.data_ptr() == v.data_ptr() and q.stride() == v.stride() and v.shape[-1] <= q.shape[-1]
+        k, v = self.k, self.v
+        same = k.data_ptr() == v.data_ptr() != 0 and k.stride() == v.stride()
+        return same and k.shape[:-1] == v.shape[:-1] and v.shape[-1] <= k.shape[-1]
 
     def spec(self, phase: Phase, **more: Any) -> KernelSpec:
         """The spec of one of the kernels, with its tiles."""
         o, dtype = self.options, self.dtype
-        packed = phase != "dkdv" and self.group > 1 and not getattr(self.mask,"per_head",False)
+        packed = phase != "dkdv" and self.group > 1 and not self.mask.per_head
         plain = KernelSpec(
             phase,
             dtype,
             self.k.shape[-1],
             self.v.shape[-1],
-            self.mask,
+            pattern(self.mask),
             group=self.group,
             packed=packed,
             softcap=o.softcap is not None,
@@ -80,7 +86,7 @@ class Call:
             lengths=o.lengths is not None,
             upcast=dtype == "bf16" and interpreting(),
         )
-        return _placed(replace(plain, **more), self.rows(packed), self.configs.get(phase))
+        return placed(replace(plain, **more), bucket(self.rows(packed)), self.configs.get(phase))
 
     def rows(self, packed: bool) -> int:
         """Rows of queries that one program's tiles are cut from."""
@@ -93,9 +99,9 @@ class Call:
 
 
 @lru_cache(maxsize=None)
-def _placed(spec: KernelSpec, queries: int, config: Config | None) -> KernelSpec:
-    """The spec in the tiles asked for, or in the default ones for so many rows of queries."""
-    rows, keys, warps, stages = config or chip.default(spec, queries)
+def placed(spec: KernelSpec, queries: int, config: Config | None) -> KernelSpec:
+    """The spec in the tiles asked for, in those measured here, or in the default ones for so many rows of queries."""
+    rows, keys, warps, stages = config or tuned(spec, queries) or chip.default(spec, queries)
     return spec.with_tiles((rows, keys), warps, stages)
 
 
@@ -140,7 +146,7 @@ def _decode(call: Call, values: dict[str, Any], shares: int) -> None:
     tiles, *others = call.grid(spec)
     run(spec, (tiles * shares, others[0], others[1]), {**values, "O": parts, "LSE": part_lse, "shares": shares})
     rows = batch * heads * queries
-    spec = _placed(KernelSpec("combine", spec.dtype, spec.dv, spec.dv), rows, call.configs.get("combine"))
+    spec = placed(KernelSpec("combine", spec.dtype, spec.dv, spec.dv), rows, call.configs.get("combine"))
     more = {"PARTS": parts, "PART_LSE": part_lse, "shares": shares, "rows": rows}
     run(spec, (-(-rows // spec.tiles[0]), 1, 1), {**values, **more})
 
@@ -149,10 +155,16 @@ def _shares(call: Call) -> int:
     """Programs that share one query tile's keys: 1 where tiles of queries fill the chip, else what fills it twice."""
     spec = call.spec("decode", latent=call.latent)
     tiles, heads, batch = call.grid(spec)
-    programs, processors = tiles * heads * batch, chip.HOPPER.processors
+    programs, processors = tiles * heads * batch, _processors(call.q.device)
     if not 0 < programs <= processors // 2:
         return 1
     return max(1, min(-(-call.k.shape[2] // spec.tiles[1]), 2 * processors // programs, MOST_SHARES))
+
+
+@lru_cache(maxsize=None)
+def _processors(device: torch.device) -> int:
+    """How many programs run at once; few in the interpreter, which runs one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def backward(
@@ -164,9 +176,10 @@ def backward(
     lse: Tensor,
     mask: Mask,
     options: Options,
+    bias_grad: bool = False,
     configs: Mapping[str, Config] | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients "q", "k", "v", and "bias" and "sinks" where the options have them and they ask for one."""
+    """Gradients "q", "k", "v", "sinks" where there are some, and "bias" where it is asked for."""
     call = _call(q, k, v, mask, options, configs)
     batch, heads, queries, dim = call.q.shape
     keys, dv, kv_heads = k.shape[2], v.shape[-1], k.shape[1]
@@ -176,11 +189,11 @@ def backward(
     grad = _rows(grad)
     values = {**_values(call), **_strides("g", "bht", grad), "O": out, "DO": grad, "LSE": lse, "LEVEL": level}
     values |= {"DELTA": delta, "DQ": found["q"], "DK": found["k"], "DV": found["v"]}
-    spec = _placed(KernelSpec("delta", call.dtype, dv, dv, lengths=options.lengths is not None), queries, None)
+    spec = placed(KernelSpec("delta", call.dtype, dv, dv, lengths=options.lengths is not None), 1, None)
     run(spec, (-(-queries // spec.tiles[0]), heads, batch), values)
     spec = call.spec("dkdv")
     run(spec, (-(-keys // spec.tiles[1]), kv_heads, batch), values)
-    bias = options.bias if options.bias is not None and options.bias.requires_grad else None
+    bias = options.bias if bias_grad else None
     if bias is not None:
         values["DBIAS"] = q.new_zeros(batch, heads, queries, keys, dtype=torch.float32)
     spec = call.spec("dq", dbias=bias is not None)
@@ -235,5 +248,41 @@ def _values(call: Call) -> dict[str, Any]:
         bias = o.bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         values |= {"bias": bias, **_strides("bias", "bhqk", bias)}
     if o.lengths is not None:
-        values |= {"query_lengths": o.lengths[0], "key_lengths": o.lengths[1]}
+        names = ("query_lengths", "key_lengths")
+        values |= {name: x.to(q.device, torch.int32) for name, x in zip(names, o.lengths, strict=True)}
+    return values | _tables(call.mask, q.device)
+
+
+@lru_cache(maxsize=256)
+def _tables(mask: Mask, device: torch.device) -> dict[str, Any]:
+    """The mask's tables on the device, and their sizes."""
+    values: dict[str, Any] = {}
+    for name, table in mask.tables.items():
+        entries = np.clip(np.ascontiguousarray(table), -FAR, FAR).astype(np.int32)
+        values[TABLE + name] = torch.from_numpy(entries).to(device)
+        values |= {f"{TABLE}{name}_n{axis}": size for axis, size in enumerate(entries.shape)}
     return values
+
+
+def tune(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, gradients: bool = False) -> dict[str, Config]:
+    """Measures tiles for tensors like these on this GPU, keeps the fastest on disk, and gives them by phase."""
+    from triton.testing import do_bench
+
+    call = _call(q, k, v, mask, options, {})
+    phase: Phase = "decode" if _shares(call) > 1 else "forward"
+    found: dict[str, Config] = {}
+
+    def settle(phase: Phase, run: Any, **more: Any) -> None:
+        spec = call.spec(phase, **more)
+        rows = call.rows(spec.packed)
+        found[phase] = fastest(spec, rows, run, lambda f: float(do_bench(f, warmup=10, rep=40)), found)
+        store(spec, rows, found[phase])
+
+    settle(phase, lambda configs: forward(q, k, v, mask, options, configs), latent=call.latent)
+    if gradients:
+        o, lse = forward(q, k, v, mask, options, found)
+        grad = torch.randn_like(o)
+        for each in ("dkdv", "dq"):
+            settle(each, lambda configs: backward(grad, q, k, v, o, lse, mask, options, False, configs))
+    placed.cache_clear()
+    return found

@@ -47,7 +47,7 @@ def chunks(dim: int) -> tuple[Chunk, ...]:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel.
+    """One kernel. `mask` is a pattern (codegen/loops.py): what tables hold is an argument.
 
     phase: forward reads all keys of a query tile; decode a share of them, and combine merges the shares; delta, dkdv
     and dq are the backward pass. `dqk`, `dv`: head dims of queries with keys, and of values. `group`: query heads of
@@ -96,7 +96,7 @@ class KernelSpec:
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits: specs differ exactly where these do."""
-        text = f"{self} {self.mask.keep}"
+        text = f"{self} {self.mask.keep} {sorted(self.mask.tables)}"
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property

@@ -112,6 +112,9 @@ def dkdv_source(spec: KernelSpec) -> str:
         each += loop_text(loop, _dkdv_step(spec, masked))
     body += [f"for member in range(0, {spec.group}):", *indent(each)] if spec.group > 1 else ["member = 0", *each]
     body += ["", *(f"dk_{i} = dk_{i} * scale" for i in range(len(chunks(spec.dqk))))]
+    if spec.lengths:
+        outs = [f"{name}_{i}" for name, dim in (("dk", spec.dqk), ("dv", spec.dv)) for i in range(len(chunks(dim)))]
+        body += [f"{out} = tl.where(there[:, None], {out}, 0.0)" for out in outs]
     body += ["owned = key_index < N_all", "row_index = (b.to(tl.int64) * tl.num_programs(1) + h_k) * N_all + key_index"]
     body += store("dk", "DK", f"(row_index * {spec.dqk})", spec.dqk, "owned")
     body += store("dv", "DV", f"(row_index * {spec.dv})", spec.dv, "owned")

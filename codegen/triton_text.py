@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from codegen.loops import Loop, Loops, loops
+from codegen.loops import Loop, Loops, loops, table_axes
 from codegen.spec import TRITON, Argument, Chunk, KernelSpec, chunks
 
 LOG2E = "1.4426950408889634"
@@ -185,24 +185,25 @@ def loop_text(loop: Loop, body: Sequence[str], first: str = "0", last: str | Non
 
 def bounds(spec: KernelSpec, found: Loops, live: str) -> list[str]:
     """How many tiles each loop has; none where nothing in the tile is `live`."""
-    lines: list[str] = []
-    if found.listed:
-        lines.append("list_row = b * list_b + h * list_h + at")
+    lines = ["list_row = b * list_b + h * list_h + at"] if found.listed else []
+    lines += found.shared
     for loop in (found.full, found.masked):
-        lines += [] if loop.empty else loop.bounds()
-        if spec.lengths and not loop.empty:
-            lines.append(f"{loop.name}_end = tl.where({live}, {loop.name}_end, 0)")
+        if loop.empty:
+            continue
+        lines += [*loop.starts(), *loop.bounds()]
+        lines += [f"{loop.name}_end = tl.where({live}, {loop.name}_end, 0)"] if spec.lengths else []
     return lines
 
 
 def mask_arguments(spec: KernelSpec) -> list[Argument]:
-    """Lists and tables of the mask."""
-    over = "q" if spec.phase == "dkdv" else "k"
-    found = loops(spec.mask, over)
-    listed = ["full_counts", "full_list", "masked_counts", "masked_list"] if found.listed else []
-    strides = ["list_b", "list_h", "full_width", "masked_width"] if found.listed else []
-    pointers = [Argument(name, "*i32", True) for name in (*listed, *found.tables)]
-    return [*pointers, *(Argument(name, "i32") for name in strides)]
+    """Lists and tables of the mask: pointers, the tables' sizes, and where a list's rows are."""
+    listed = loops(spec.mask, "q" if spec.phase == "dkdv" else "k").listed
+    names = ["full_counts", "full_list", "masked_counts", "masked_list"] if listed else []
+    numbers = ["list_b", "list_h", "full_width", "masked_width"] if listed else []
+    for table, axes in table_axes(spec.mask).items():
+        names.append(table)
+        numbers += [f"{table}_n{axis}" for axis in range(axes)]
+    return [*(Argument(name, "*i32", True) for name in names), *(Argument(name, "i32") for name in numbers)]
 
 
 def modifier_arguments(spec: KernelSpec) -> list[Argument]:
