@@ -1,8 +1,8 @@
 """From one conjunction to bounds on the looped position, as least and largest over a tile of the other position.
 
 A bound grows or falls with the fixed position as far as its terms agree on it; then its extremes stand at the tile's
-ends. Where they disagree each term gives its own extreme, which is sound and wider. What cannot be solved is no bound to
-the keys that may be read, and leaves no key that all may read.
+ends. Where they disagree each term gives its own extreme, which is sound and wider. What cannot be solved bounds
+nothing that may be read, and leaves nothing that all may read.
 """
 
 from __future__ import annotations
@@ -14,27 +14,22 @@ from typing import Any
 import sympy
 
 from codegen.integers import (
-    FALSE,
-    TRUE,
     Int,
     add,
     at_most,
-    both,
     ceil,
     floor,
     load,
     maximum,
     minimum,
-    minus,
     name,
     number,
     rest,
     times,
-    weighted,
     where,
 )
-from rewrite.mask.clauses import Clause, Form, form, linear
-from rewrite.mask.terms import FIRST, PAST, At, Div, Mod
+from rewrite.mask.clauses import Clause, Form, linear
+from rewrite.mask.terms import FIRST, PAST, At, Div, Mod, divided
 
 
 @dataclass(frozen=True)
@@ -79,12 +74,13 @@ def span(x: Any, over: Range) -> Span | None:
     if isinstance(x, sympy.Symbol):
         return over.get(x, point(name(x.name)))
     if isinstance(x, (Div, Mod)):
-        inside = span(x.args[0], over)
+        what, c = divided(x)
+        inside = span(what, over)
         if inside is None:
             return None
-        return inside.floor(int(x.args[1])) if isinstance(x, Div) else _remainder(inside, int(x.args[1]))
+        return inside.floor(c) if isinstance(x, Div) else _remainder(inside, c)
     if isinstance(x, At):
-        return _entry(x, over)
+        return _entry(str(x.args[0]), list(x.args[1:]), over)
     if isinstance(x, (sympy.Add, sympy.Mul)):
         weights, constant = linear(x)
         return None if x in weights else spread(((t, int(w)) for t, w in weights.items()), int(constant), over)
@@ -110,10 +106,9 @@ def _remainder(x: Span, c: int) -> Span:
     return Span(where(one, rest(x.low, c), number(0)), where(one, rest(x.high, c), number(c - 1)))
 
 
-def _entry(x: At, over: Range) -> Span | None:
+def _entry(table: str, at: Sequence[Any], over: Range) -> Span | None:
     """Entries grow with the position only in tables of spans; any other is known where its index does not vary."""
-    table = str(x.args[0])
-    index = [span(i, over) for i in x.args[1:]]
+    index = [span(i, over) for i in at]
     known = [i for i in index if i is not None]
     if len(known) < len(index) or any(i.low is not i.high for i in known[:-1]):
         return None
@@ -190,9 +185,9 @@ def _bound(term: Any, side: int, bound: Span, x: Any, over: Range) -> tuple[int,
     if term == x:
         return side, bound
     if isinstance(term, Div):
-        c = int(term.args[1])
+        what, c = divided(term)
         scaled = bound.times(c)
-        return _inside(term.args[0], side, scaled if side == 0 else scaled.plus(point(c - 1)), x, over)
+        return _inside(what, side, scaled if side == 0 else scaled.plus(point(c - 1)), x, over)
     if isinstance(term, At) and str(term.args[0]).endswith((FIRST, PAST)):
         return _inverse(term, side, bound, x, over)
     return None
@@ -250,60 +245,5 @@ def _period(term: Any, lower: Sequence[Span], upper: Sequence[Span], x: Any, ove
             return Period(size, centre, u, v)
         if not isinstance(terms[0], Div):
             return None
-        inner, by = terms[0].args[0], int(terms[0].args[1])
+        inner, by = divided(terms[0])
         centre, u, v, size = centre.times(by), u.times(by), v.times(by).plus(point(by - 1)), size * by
-
-
-def implied(clause: Clause, x: Any) -> tuple[Form, ...]:
-    """What a lower and an upper bound on one term say together: no x between them, no pair."""
-    found: list[Form] = []
-    for i, a in enumerate(clause.atoms):
-        for b in clause.atoms[i + 1 :]:
-            shared = [t for t, w in a.weights if x in t.free_symbols and b.terms.get(t, 0) * w < 0]
-            for t in shared:
-                wa, wb = abs(a.terms[t]), abs(b.terms[t])
-                weights = {key: wb * w for key, w in a.weights}
-                for key, w in b.weights:
-                    weights[key] = weights.get(key, 0) + wa * w
-                made = form(weights, wb * a.constant + wa * b.constant)
-                if made.weights and not made.has(x):
-                    found.append(made)
-    return tuple(dict.fromkeys(found))
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """What a conjunction asks of the fixed position: only from `low` to `high` can a pair be allowed, and only if `may`;
-    all of the tile meets it if `must`."""
-
-    low: Int
-    high: Int
-    may: Int
-    must: Int
-
-
-def fixed(own: Sequence[Form], hidden: Sequence[Form], y: Any, tile: Span) -> Fixed:
-    """Conditions without x, `own` ones and those that only follow (`hidden`)."""
-    lows, highs, may, must = [tile.low], [tile.high], [TRUE], [TRUE]
-    for atom in (*own, *hidden):
-        mine = atom in own
-        if not atom.has(y):
-            value = spread(atom.weights, atom.constant, {})
-            holds = FALSE if value is None else at_most(number(0), value.low)
-            may += [] if value is None else [holds]
-            must += [holds] if mine else []
-            continue
-        solved = solve(Clause((atom,)), y, {})
-        ends = [s.low for s in solved.lower], [s.low for s in solved.upper]
-        if solved.known and solved.period is None:
-            lows += ends[0]
-            highs += ends[1]
-            if mine:
-                must += [at_most(e, tile.low) for e in ends[0]] + [at_most(tile.high, e) for e in ends[1]]
-        elif mine:
-            value = spread(atom.weights, atom.constant, {y: tile})
-            must.append(FALSE if value is None else at_most(number(0), value.low))
-            may += [] if value is None else [at_most(number(0), value.high)]
-    return Fixed(maximum(*lows), minimum(*highs), both(*may), both(*must))
-
-

@@ -6,7 +6,8 @@ one is known, a division of what cannot be negative is printed as it is, and any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -30,8 +31,10 @@ class Int:
         return self.text()
 
     def text(self, dialect: Dialect = "python") -> str:
-        """The expression in one piece. `program` names what is used more than once."""
-        return _Printer(dialect, {}).text(self)
+        """The expression in one piece; `printed.program` names what is used more than once."""
+        from codegen.printed import Printer
+
+        return Printer(dialect, {}).text(self)
 
     @property
     def value(self) -> int | None:
@@ -61,6 +64,7 @@ def name(text: str) -> Int:
     return _node("name", (text,), LEAST.get(text))
 
 
+_PAIRS = tuple((name(low), name(high)) for low, high in ORDERED)
 ZERO, ONE = number(0), number(1)
 TRUE, FALSE = ONE, ZERO
 
@@ -91,17 +95,17 @@ def weighted(parts: Iterable[tuple[int, Int]], constant: int = 0) -> Int:
 
 
 def _least(constant: int, terms: dict[Int, int]) -> int | None:
-    left = dict(terms)
-    for low, high in ORDERED:
-        a, b = name(low), name(high)
-        shared = min(left.get(b, 0), -left.get(a, 0))
-        if shared > 0:
-            left[a], left[b] = left[a] + shared, left[b] - shared
+    """What a sum is at least, from what its terms are; a pair of which one name is larger counts together."""
+    for low, high in _PAIRS:
+        if low in terms and high in terms and terms[high] > 0 > terms[low]:
+            shared = min(terms[high], -terms[low])
+            terms = {**terms, low: terms[low] + shared, high: terms[high] - shared}
             constant += shared
-    for node, times in left.items():
-        if times and (times < 0 or node.least is None):
-            return None
-        constant += times * node.least if times and node.least is not None else 0
+    for node, times in terms.items():
+        if times:
+            if times < 0 or node.least is None:
+                return None
+            constant += times * node.least
     return constant
 
 
@@ -152,15 +156,18 @@ def _extreme(op: str, parts: Sequence[Int]) -> Int:
     return _node(op, tuple(kept), least)
 
 
+@lru_cache(maxsize=1 << 16)
 def surely(a: Int, b: Int, depth: int = 3) -> bool:
     """Whether a <= b is known without numbers. False: it is not known."""
     if a is b:
         return True
-    gap = minus(b, a).least
-    if gap is not None:
-        return gap >= 0
-    if depth == 0:
-        return False
+    constant, terms = linear(b)
+    inner, inside = linear(a)
+    for node, times in inside.items():
+        terms[node] = terms.get(node, 0) - times
+    gap = _least(constant - inner, terms)
+    if gap is not None or depth == 0:
+        return gap is not None and gap >= 0
     return (
         (b.op == "max" and any(surely(a, x, depth - 1) for x in b.args))
         or (a.op == "min" and any(surely(x, b, depth - 1) for x in a.args))
@@ -252,125 +259,3 @@ def children(x: Int) -> tuple[Int, ...]:
     if x.op == "sum":
         return tuple(node for node, _ in x.args[1])
     return tuple(a for a in x.args if isinstance(a, Int))
-
-
-def names(roots: Iterable[Int]) -> frozenset[str]:
-    """All variables and tables."""
-    found: set[str] = set()
-    seen: set[Int] = set()
-    stack = list(roots)
-    while stack:
-        x = stack.pop()
-        if x not in seen:
-            seen.add(x)
-            stack += children(x)
-            if x.op in ("name", "load"):
-                found.add(x.args[0])
-    return frozenset(found)
-
-
-def program(roots: Sequence[Int], dialect: Dialect = "python", prefix: str = "x") -> tuple[list[str], list[str]]:
-    """Assignments of what is used more than once, in order, and the text of each root in their terms."""
-    uses: dict[Int, int] = {}
-    order: list[Int] = []
-
-    def visit(x: Int) -> None:
-        uses[x] = uses.get(x, 0) + 1
-        if uses[x] == 1:
-            for child in children(x):
-                visit(child)
-            order.append(x)
-
-    for root in roots:
-        visit(root)
-    printer = _Printer(dialect, {})
-    lines: list[str] = []
-    for x in order:
-        if uses[x] > 1 and x.op not in ("number", "name"):
-            text = printer.text(x)
-            printer.called[x] = f"{prefix}{len(lines)}"
-            lines.append(f"{printer.called[x]} = {text}")
-    return lines, [printer.text(root) for root in roots]
-
-
-class _Printer:
-    """Text of nodes, with names for those that have one."""
-
-    def __init__(self, dialect: Dialect, called: dict[Int, str]) -> None:
-        self.called = called
-        self.triton = dialect == "triton"
-
-    def text(self, x: Int) -> str:
-        if x in self.called:
-            return self.called[x]
-        return str(x.args[0]) if x.op in ("number", "name") else getattr(self, f"_{x.op}")(*x.args)
-
-    def _inside(self, x: Int) -> str:
-        """With brackets where the expression is not one word or call."""
-        text = self.text(x)
-        plain = x in self.called or x.op in ("name", "load", "max", "min", "where") or (x.op == "number" and x.args[0] >= 0)
-        return text if plain else f"({text})"
-
-    def _sum(self, constant: int, terms: tuple[tuple[Int, int], ...]) -> str:
-        ordered = sorted(terms, key=lambda t: t[1] < 0)
-        text = ""
-        for node, w in ordered:
-            inside = self.text(node) if abs(w) == 1 and w > 0 and node.op == "times" else self._inside(node)
-            part = inside if abs(w) == 1 else f"{abs(w)} * {inside}"
-            sign = ("" if w > 0 else "-") if not text else (" + " if w > 0 else " - ")
-            text += sign + part
-        return text + (f" {'+' if constant > 0 else '-'} {abs(constant)}" if constant else "")
-
-    def _times(self, a: Int, b: Int) -> str:
-        return f"{self._inside(a)} * {self._inside(b)}"
-
-    def _nested(self, function: str, parts: tuple[Int, ...]) -> str:
-        text = self.text(parts[0])
-        for part in parts[1:]:
-            text = f"{function}({text}, {self.text(part)})"
-        return text
-
-    def _max(self, *parts: Int) -> str:
-        return self._nested("tl.maximum" if self.triton else "max", parts)
-
-    def _min(self, *parts: Int) -> str:
-        return self._nested("tl.minimum" if self.triton else "min", parts)
-
-    def _floor(self, x: Int, by: Int) -> str:
-        inside, c = self._inside(x), self._inside(by)
-        if not self.triton or (x.least is not None and x.least >= 0):
-            return f"{inside} // {c}"
-        return f"({inside} - ({inside} % {c} + {c}) % {c}) // {c}"
-
-    def _rest(self, x: Int, by: Int) -> str:
-        inside, c = self._inside(x), self._inside(by)
-        if not self.triton or (x.least is not None and x.least >= 0):
-            return f"{inside} % {c}"
-        return f"({inside} % {c} + {c}) % {c}"
-
-    def _load(self, table: str, *index: Int) -> str:
-        texts = [self.text(i) for i in index]
-        return load_triton(table, texts) if self.triton else f"load({', '.join([table, *texts])})"
-
-    def _le(self, a: Int, b: Int) -> str:
-        return f"{self._inside(a)} <= {self._inside(b)}"
-
-    def _lt(self, a: Int, b: Int) -> str:
-        return f"{self._inside(a)} < {self._inside(b)}"
-
-    def _and(self, *parts: Int) -> str:
-        return " & ".join(f"({self.text(x)})" for x in parts)
-
-    def _where(self, condition: Int, yes: Int, no: Int) -> str:
-        function = "tl.where" if self.triton else "where"
-        return f"{function}({self.text(condition)}, {self.text(yes)}, {self.text(no)})"
-
-
-def load_triton(table: str, index: Sequence[str]) -> str:
-    """The entry nearest to the index, of a contiguous table at pointer `table` with lengths `table`_n0, `table`_n1 ..."""
-    at = ""
-    for axis, i in enumerate(index):
-        size = f"{table}_n{axis}"
-        clamped = f"tl.minimum(tl.maximum({i}, 0), {size} - 1)"
-        at = clamped if not axis else f"({at}) * {size} + {clamped}"
-    return f"tl.load({table} + {at})"

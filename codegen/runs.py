@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from codegen.bounds import Period, Span, fixed, implied, solve
+from codegen.bounds import Period, Span, solve
+from codegen.conditions import fixed, implied
 from codegen.integers import (
     ONE,
     TRUE,
@@ -144,6 +145,14 @@ def _sorted(values: list[Int]) -> list[Int]:
     return out
 
 
+def hull(runs: list[Run], over: Literal["k", "q"]) -> Ends:
+    """From the first tile that any conjunction visits to the last."""
+    begin = minimum(*(r.visit[0] for r in runs))
+    # an empty run may stand anywhere, also beyond the end
+    end = minimum(maximum(*(r.visit[1] for r in runs)), ceil(name("N" if over == "k" else "T"), TILE))
+    return begin, maximum(begin, end)
+
+
 Numbers = tuple[Int, Int, Int, Int, Int]
 
 
@@ -156,7 +165,8 @@ def periodic(run: Run, visited: list[Ends]) -> tuple[list[Numbers], list[Numbers
     period = where(divides, floor(number(size), TILE), ONE)
     base = floor(run.some.begin, TILE)
     reach = add(minus(floor(add(run.some.begin, run.some.length, -1), TILE), base), 1)
-    width = where(divides, minimum(reach, period), ONE)
+    # a window that is empty here and there still divides by its width
+    width = where(divides, maximum(minimum(reach, period), ONE), ONE)
     # as many tiles wholly inside the smaller window as the larger one touches are the same tiles
     inside = minus(floor(add(run.all.begin, run.all.length), TILE), ceil(run.all.begin, TILE))
     always = at_most(number(size), run.all.length)

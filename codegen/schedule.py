@@ -1,8 +1,8 @@
 """Which tiles of the other axis a tile of queries, or of keys, has to visit, as closed-form integer expressions.
 
 For a tile of one axis every conjunction of the mask gives two intervals of the other: positions where some pair is
-allowed and positions where every pair is. Rounded outward and inward to tiles, their unions are what is visited and what
-needs no masking. Unions of runs of numbers that are only known at run time are made by sorting the ends: the sum of the
+allowed and positions where every pair is. Rounded outward and inward to tiles, their unions are what is visited and
+what needs no masking. Unions of runs of numbers that are only known at run time are made by sorting the ends: the sum of the
 runs' indicators does not change when begins and ends are paired anew in sorted order, and a difference of two nested
 unions is the same with the inner one's ends taken as begins. Sorting a fixed number of scalars is minima and maxima, so
 one kernel serves every length, head and row, and nothing of the mask's size is ever made.
@@ -20,10 +20,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from codegen.integers import ONE, ZERO, Dialect, Int, add, floor, name, names, product, program, rest
-from codegen.runs import Run, clause_run, masked_of, periodic, union
+from codegen.integers import ONE, ZERO, Dialect, Int, add, floor, minus, product, rest
+from codegen.printed import names, program
+from codegen.runs import Ends, Run, clause_run, hull, masked_of, periodic, union
 from rewrite.mask import Mask
-from rewrite.mask.clauses import Clause, clauses
+from rewrite.mask.clauses import clauses
 from rewrite.mask.terms import FIRST, PAST, SYMBOLS, At
 
 Over = Literal["k", "q"]
@@ -64,7 +65,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The two loops of a kernel. `full` and `masked` visit every tile with an allowed pair once; those of `full` need no
+    """The two loops of a kernel. `full` and `masked` visit every tile with an allowed pair once; `full` ones need no
     masking. `listed`: the tiles come from data, and both are read from lists (`codegen/lists.py`).
 
     Over keys the expressions read q0, q1 (the fixed tile's first and one past its last query position), N keys, `tile`
@@ -181,7 +182,7 @@ def _derived(keep: Any, over: Over) -> Schedule:
     found = clauses(keep)
     runs = [clause_run(c, over) for c in found]
     if len(found) > MOST:
-        return _hull(runs)
+        return Schedule((), (_plain(hull(runs, over)),))
     return _segments([r for r in runs if r.period is None], [r for r in runs if r.period is not None])
 
 
@@ -199,26 +200,11 @@ def _segments(plain: list[Run], again: list[Run]) -> Schedule:
     return Schedule(kept[0], kept[1])
 
 
-def _plain(run: tuple[Int, Int]) -> Segment:
-    return Segment(run[0], add(run[1]) if run[0] is ZERO else _length(run))
-
-
-def _length(run: tuple[Int, Int]) -> Int:
-    from codegen.integers import minus
-
-    return minus(run[1], run[0])
-
-
-def _hull(runs: list[Run]) -> Schedule:
-    from codegen.integers import maximum, minimum
-
-    begin, end = minimum(*(r.visit[0] for r in runs)), maximum(*(r.visit[1] for r in runs))
-    return Schedule((), (Segment(begin, _length((begin, maximum(begin, end)))),))
+def _plain(run: Ends) -> Segment:
+    return Segment(run[0], minus(run[1], run[0]))
 
 
 def _from_data(keep: Any, over: Over) -> bool:
     """A table other than of spans is read at the looped or the fixed position, so no bound is known without it."""
     positions = {SYMBOLS["q"], SYMBOLS["k"]}
-    return any(
-        positions & x.free_symbols and not str(x.args[0]).endswith((FIRST, PAST)) for x in keep.atoms(At)
-    )
+    return any(positions & x.free_symbols and not str(x.args[0]).endswith((FIRST, PAST)) for x in keep.atoms(At))

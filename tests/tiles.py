@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codegen.schedule import Over, Schedule, Segment
+from codegen.schedule import Over, Schedule
 from rewrite.mask import Mask
 
 Bool = npt.NDArray[np.bool_]
@@ -38,8 +38,8 @@ def reduced(table: Bool, tile_q: int, tile_k: int, over: Over) -> tuple[Bool, Bo
     return some, every
 
 
-def visits(found: Schedule, over: Over, at: Setting, tables: Any) -> tuple[Any, Any]:
-    """(fixed tiles, looped tiles): how often each is visited by the full and by the masked segments."""
+def visits(found: Schedule, over: Over, at: Setting, tables: Any) -> Any:
+    """(2, fixed tiles, looped tiles): how often each is visited by the full and by the masked segments."""
     start = at.keys - at.queries
     length, tile, other, looped = (
         (at.queries, at.tile_q, at.keys, at.tile_k) if over == "k" else (at.keys, at.tile_k, at.queries, at.tile_q)
@@ -48,23 +48,28 @@ def visits(found: Schedule, over: Over, at: Setting, tables: Any) -> tuple[Any, 
     past = np.minimum(first + tile, length)
     q0, q1, k0, k1 = (first + start, past + start, 0, 0) if over == "k" else (0, 0, first, past)
     flat = found.arrays(q0, q1, k0, k1, at.keys, at.queries, start, looped, at.row, at.head, tables)
-    counts = np.zeros((2, len(first), -(-other // looped)), dtype=int)
-    for i in range(0, len(flat), 5):
-        begin, count, step, width, skip = (np.broadcast_to(x, first.shape)[:, None] for x in flat[i : i + 5])
-        assert (count >= 0).all(), "a segment of fewer than no tiles"
-        j = np.arange(max(int(count.max()), 0))[None] + skip
-        tiles = begin + j // width * step + j % width
-        inside = j - skip < count
-        assert ((tiles >= 0) & (tiles < counts.shape[2]))[inside].all(), "a tile outside"
-        rows = np.broadcast_to(np.arange(len(first))[:, None], tiles.shape)
-        np.add.at(counts[int(i >= 5 * len(found.full))], (rows[inside], tiles[inside]), 1)
-    return counts[0], counts[1]
+    many, number = len(first), -(-other // looped)
+    if not flat:
+        return np.zeros((2, many, number), dtype=int)
+    columns = np.empty((len(flat), many), dtype=np.int64)
+    for row, x in zip(columns, flat, strict=True):
+        row[:] = x
+    columns = columns.reshape(-1, 5, many)
+    begin, count, step, width, skip = (columns[:, i, :, None] for i in range(5))
+    assert (count >= 0).all(), "a segment of fewer than no tiles"
+    j = np.arange(int(count.max())) + skip
+    tiles = begin + j // width * step + j % width
+    inside = j - skip < count
+    assert ((tiles >= 0) & (tiles < number))[inside].all(), "a tile outside"
+    kind = (np.arange(len(columns)) >= len(found.full))[:, None, None]
+    places = (kind * many + np.arange(many)[:, None]) * number + tiles
+    return np.bincount(places[inside], minlength=2 * many * number).reshape(2, many, number)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Tiles: needed but not visited, visited twice, full but partial (all three wrong); visited for nothing, masked though
-    full (both only slow); and those with an allowed pair."""
+    """Tiles: needed but not visited, visited twice, full but partial (all three wrong); visited for nothing, masked
+    though full (both only slow); and those with an allowed pair."""
 
     missed: int
     twice: int
@@ -100,6 +105,3 @@ def judge(mask: Mask, found: Schedule, over: Over, at: Setting, table: Bool | No
         int(((masked > 0) & every).sum()),
         int(some.sum()),
     )
-
-
-__all__ = ["Segment", "Setting", "Verdict", "judge", "reduced", "visits"]

@@ -1,7 +1,7 @@
 """A predicate as a disjunction of conjunctions of `form >= 0`, a form being a number plus numbers of terms.
 
 Positions are integers, so what is strict is one less, but only once denominators are gone: q/4 < 3 is 4 * 3 - q > 0,
-which is 11 - q >= 0. A term is a symbol, a `Div`, `Mod` or `At`, or whatever else stands there, of which nothing is known.
+which is 11 - q >= 0. A term is a symbol, a `Div`, `Mod` or `At`, or whatever else stands there.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _collect(x: Any, times: Fraction, weights: dict[Any, Fraction]) -> Fraction:
     if isinstance(x, sympy.Add):
         return sum((_collect(part, times, weights) for part in x.args), Fraction(0))
     if isinstance(x, sympy.Mul):
-        factor, other = x.as_coeff_Mul()
+        factor, other = _coefficient(x)
         if factor != 1 and factor.is_Rational:
             return _collect(other, times * Fraction(int(factor.p), int(factor.q)), weights)
         spread = sympy.expand(x)
@@ -89,6 +89,10 @@ def _collect(x: Any, times: Fraction, weights: dict[Any, Fraction]) -> Fraction:
             return _collect(spread, times, weights)
     weights[x] = weights.get(x, Fraction(0)) + times
     return Fraction(0)
+
+
+def _coefficient(x: Any) -> tuple[Any, Any]:
+    return x.as_coeff_Mul()
 
 
 def _atom(left: Any, right: Any, strict: bool) -> list[Clause]:

@@ -27,17 +27,26 @@ RELATIONS: tuple[tuple[Any, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a language writes the floor division, the remainder and the entry of a table; all else is alike."""
+    """How a language writes division and remainder (`div`, `mod`: of what may be negative) and the entry of a table."""
 
     div: Callable[[str, int], str]
     mod: Callable[[str, int], str]
     load: Callable[[str, Sequence[str]], str]
+    abs: str = "abs"
+    plain: Callable[[Any], bool] = lambda _: False
+    """Of which expressions `//` and `%` are right as they are."""
 
 
-ALGEBRA = Dialect(
-    lambda x, c: f"{x} // {c}", lambda x, c: f"{x} % {c}", lambda name, index: f"{name}[{', '.join(index)}]"
-)
-PYTHON = Dialect(ALGEBRA.div, ALGEBRA.mod, lambda name, index: f"load({', '.join([name, *index])})")
+def _div(x: str, c: int) -> str:
+    return f"{x} // {c}"
+
+
+def _mod(x: str, c: int) -> str:
+    return f"{x} % {c}"
+
+
+ALGEBRA = Dialect(_div, _mod, lambda name, index: f"{name}[{', '.join(index)}]")
+PYTHON = Dialect(_div, _mod, lambda name, index: f"load({', '.join([name, *index])})")
 """Over numbers, numpy arrays and torch tensors; `load(table, *index)` reads the nearest entry (see `nearest`)."""
 
 
@@ -59,13 +68,14 @@ def integer(x: Any, dialect: Dialect) -> str:
     if isinstance(x, At):
         return dialect.load(str(x.args[0]), [integer(i, dialect) for i in x.args[1:]])
     if isinstance(x, sympy.Abs):
-        return f"abs({integer(x.args[0], dialect)})"
+        return f"{dialect.abs}({integer(x.args[0], dialect)})"
     return _divided(x, dialect)
 
 
 def _divided(x: Any, dialect: Dialect) -> str:
     if isinstance(x, (Div, Mod)) and isinstance(x.args[1], sympy.Integer):
-        spelled = dialect.div if isinstance(x, Div) else dialect.mod
+        plain = dialect.plain(x.args[0])
+        spelled = (_div if plain else dialect.div) if isinstance(x, Div) else (_mod if plain else dialect.mod)
         return spelled(_bracket(x.args[0], dialect), int(x.args[1]))
     raise ValueError(
         f"{x} is no integer expression of a mask: + - * by a number, // and % by a positive integer (`Div`, `Mod` of "

@@ -98,22 +98,22 @@ class Term:
         return Term(Mod(self.value, _divisor(other)))
 
     def __lt__(self, other: Term | int) -> Any:
-        return sympy.Lt(self.value, _raw(other))
+        return compared(sympy.Lt, self.value, _raw(other))
 
     def __le__(self, other: Term | int) -> Any:
-        return sympy.Le(self.value, _raw(other))
+        return compared(sympy.Le, self.value, _raw(other))
 
     def __gt__(self, other: Term | int) -> Any:
-        return sympy.Gt(self.value, _raw(other))
+        return compared(sympy.Gt, self.value, _raw(other))
 
     def __ge__(self, other: Term | int) -> Any:
-        return sympy.Ge(self.value, _raw(other))
+        return compared(sympy.Ge, self.value, _raw(other))
 
     def __eq__(self, other: object) -> Any:  # type: ignore[override]
-        return sympy.Eq(self.value, _raw(other))
+        return compared(sympy.Eq, self.value, _raw(other))
 
     def __ne__(self, other: object) -> Any:  # type: ignore[override]
-        return sympy.Ne(self.value, _raw(other))
+        return compared(sympy.Ne, self.value, _raw(other))
 
     def __hash__(self) -> int:
         return hash(self.value)
@@ -132,9 +132,20 @@ def at(table: str, *index: Term | int) -> Term:
     return Term(At(sympy.Symbol(table), *map(_raw, index)))
 
 
+def compared(kind: Any, left: Any, right: Any) -> Any:
+    """A comparison as it was written: sympy is not asked what it knows of its sides, which takes it milliseconds."""
+    known = isinstance(left, sympy.Integer) and isinstance(right, sympy.Integer)
+    return kind(left, right) if known else kind(left, right, evaluate=False)
+
+
 def div(x: Any, c: int) -> Any:
     """`Div` over sympy expressions."""
     return Div(x, sympy.Integer(c))
+
+
+def divided(x: Any) -> tuple[Any, int]:
+    """What a `Div` or `Mod` divides, and by what."""
+    return x.args[0], int(x.args[1])
 
 
 def mod(x: Any, c: int) -> Any:
