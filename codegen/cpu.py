@@ -32,8 +32,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options) -> Pa
         rows = work.queries(q)
         parts = [kernel(rows, work.keys(k, run), work.keys(v, run), work.added(run), options) for run in work.runs]
         o_piece, lse_piece = _merged(parts)
-        work.queries(o, o_piece)
-        work.queries(lse[..., None], lse_piece[..., None])
+        work.put(o, o_piece)
+        work.put(lse[..., None], lse_piece[..., None])
     if options.sinks is not None:
         _sink(o, lse, options, k.shape[2])
     return o, lse
@@ -92,30 +92,46 @@ class _Work:
         """Query heads that become rows."""
         return min(self.group, self.piece.heads[1] - self.piece.heads[0])
 
-    def queries(self, x: Tensor, value: Tensor | None = None) -> Tensor:
-        """(b, g, rows, c) of the piece from x (b, h, t, c), where `value` is put first; tiles stand for b in a stack."""
+    @property
+    def stacked(self) -> bool:
+        """Several tiles of one row: tensors are (g, tiles, rows, c) then, so that what a head reads again stays near."""
+        return self.piece.count > 1
+
+    def _part(self, x: Tensor) -> Tensor:
+        """(b, h, queries, c), (h, tiles, queries, c) in a stack: a view of x (b, h, t, c)."""
         piece, (first, last) = self.piece, self.piece.queries
-        end = first + piece.count * (last - first)
-        part = x[slice(*piece.rows), slice(*piece.heads), first:end]
-        if piece.count > 1:
-            part = part[0].unflatten(1, (piece.count, -1)).transpose(0, 1)
-        if value is not None:
-            part.copy_(value.reshape(part.shape))
-        return self._fold(part)
+        part = x[slice(*piece.rows), slice(*piece.heads), first : first + piece.count * (last - first)]
+        return part[0].unflatten(1, (piece.count, -1)) if self.stacked else part
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(b, g, rows, c) of the piece from x (b, h, t, c)."""
+        return self._fold(self._part(x))
+
+    def put(self, x: Tensor, value: Tensor) -> None:
+        """Sets what `queries` gives."""
+        part = self._part(x)
+        if self.stacked and self.folded > 1:
+            value = value.unflatten(2, (self.folded, -1)).transpose(1, 2)
+        part.copy_(value.reshape(part.shape))
 
     def _fold(self, x: Tensor) -> Tensor:
-        return x if self.folded == 1 else x.unflatten(1, (-1, self.folded)).flatten(2, 3)
+        """Heads of a kv head to rows."""
+        if self.folded == 1:
+            return x
+        if self.stacked:
+            return x.unflatten(0, (-1, self.folded)).transpose(1, 2).flatten(2, 3)
+        return x.unflatten(1, (-1, self.folded)).flatten(2, 3)
 
     def keys(self, x: Tensor, run: Run) -> Tensor:
-        """(b, g, keys, c) of a run, a view of x (b, g, s, c); the tiles of a stack stand for b."""
+        """(b, g, keys, c) of a run, a view of x (b, g, s, c)."""
         piece, (first, last) = self.piece, self.piece.heads
         of = slice(first // self.group, (last - 1) // self.group + 1)
-        if piece.count == 1:
+        if not self.stacked:
             return x[slice(*piece.rows), of, run.first : run.last]
         part = x[piece.rows[0], of, run.first : run.last + (piece.count - 1) * run.step]
         if run.step == 0:
-            return part.expand(piece.count, *part.shape)
-        return part.unfold(1, run.last - run.first, run.step).permute(1, 0, 3, 2)
+            return part[:, None].expand(-1, piece.count, -1, -1)
+        return part.unfold(1, run.last - run.first, run.step).transpose(2, 3)
 
     def added(self, run: Run) -> Tensor | None:
         """What is added to scores, -inf where nothing is read: (b or 1, g or 1, rows, keys), None where it is 0."""
@@ -134,7 +150,8 @@ class _Work:
         for first, last in run.masked:
             part = x[..., first - run.first : last - run.first]
             part.masked_fill_(~self._keep(run, first, last), -torch.inf)
-        return self._fold(x) if x.shape[1] > 1 else x.repeat(1, 1, self.folded, 1)
+        x = x.transpose(0, 1) if self.stacked else x
+        return self._fold(x) if hung or x.shape[0 if self.stacked else 1] > 1 else x.repeat(1, 1, self.folded, 1)
 
     def _positions(self, run: Run, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Queries (b, 1, t, 1) and keys (b, 1, 1, s) of every tile of the stack."""
@@ -240,7 +257,7 @@ def _back(
         ds *= scale
         dq += ds @ k
         dk += ds.mT @ q
-    work.queries(grads[0], dq)
+    work.put(grads[0], dq)
 
 
 def _add_bias(dbias: Tensor, ds: Tensor, work: _Work, run: Run) -> None:
