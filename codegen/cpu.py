@@ -94,7 +94,7 @@ class _Work:
 
     @property
     def stacked(self) -> bool:
-        """Several tiles of one row: tensors are (g, tiles, rows, c) then, so that what a head reads again stays near."""
+        """Several tiles of one row: tensors are (g, tiles, rows, c), so that what a head reads again stays near."""
         return self.piece.count > 1
 
     def _part(self, x: Tensor) -> Tensor:

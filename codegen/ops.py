@@ -58,9 +58,7 @@ def _parsed(text: str, names: str, tables: tuple[_Content, ...], rows: int, head
         for index, size in zip(entry.args[1:], mask.tables[str(entry.args[0])].shape, strict=True):
             for letter, count, what in ((h, heads, "query heads"), (b, rows, "rows of the batch")):
                 if index == letter and size != count:
-                    raise ValueError(
-                        f"mask {text} has a table {entry.args[0]} for {size} {what}, and there are {count}"
-                    )
+                    raise ValueError(f"mask {text} reads {entry.args[0]} of {size} {what}, and there are {count}")
     return mask
 
 

@@ -125,7 +125,5 @@ def _refuse_options(
         return f"sinks have the shape {tuple(sinks.shape)}, and there are {heads} query heads: one logit each"
     for given in lengths if isinstance(lengths, tuple) else (lengths,):
         if given is not None and (given.shape != (batch,) or given.is_floating_point()):
-            return (
-                f"lengths are {batch} whole numbers, one a row of the batch, not {tuple(given.shape)} of {given.dtype}"
-            )
+            return f"lengths are whole numbers, one for each of {batch} rows, not {tuple(given.shape)} of {given.dtype}"
     return None
