@@ -1,7 +1,7 @@
 """Index lists: the tiles of a mask whose tables are read at positions, such as a list of blocks.
 
-What hangs on positions alone is solved as in a schedule; a table gives the least and the largest of its entries over each
-tile. So the work is linear in the number of pairs of tiles and nothing is asked pair of tokens by pair of tokens.
+What hangs on positions alone is solved as in a schedule; a table gives the least and the largest of its entries over
+each tile. So the work is linear in the number of pairs of tiles and nothing is asked pair of tokens by pair of tokens.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tiles(mask: Mask, at: Tiling, tables: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """(rows, heads, query tiles, key tiles): a pair may be allowed; all pairs are, of queries and keys that are there."""
+    """(rows, heads, query tiles, key tiles): a pair may be allowed; all pairs that are there are."""
     given = tables or {n: torch.from_numpy(t) for n, t in mask.tables.items()}
     view = _View(at, given)
     shape = (at.rows, at.heads, -(-at.queries // at.tile_q), -(-at.keys // at.tile_k))
