@@ -2,10 +2,10 @@
 
 For a tile of one axis every conjunction of the mask gives two intervals of the other: positions where some pair is
 allowed and positions where every pair is. Rounded outward and inward to tiles, their unions are what is visited and
-what needs no masking. Unions of runs of numbers that are only known at run time are made by sorting the ends: the sum of the
-runs' indicators does not change when begins and ends are paired anew in sorted order, and a difference of two nested
-unions is the same with the inner one's ends taken as begins. Sorting a fixed number of scalars is minima and maxima, so
-one kernel serves every length, head and row, and nothing of the mask's size is ever made.
+what needs no masking. Unions of runs of numbers that are only known at run time are made by sorting the ends: the sum
+of the runs' indicators does not change when begins and ends are paired anew in sorted order, and a difference of two
+nested unions is the same with the inner one's ends taken as begins. Sorting a fixed number of scalars is minima and
+maxima, so one kernel serves every length, head and row, and nothing of the mask's size is ever made.
 
 A remainder of the looped position gives runs that come again (`Segment.width` tiles every `Segment.step`) between the
 other conjunctions' runs. Where the tile does not divide its period everything is visited and masked.
@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from codegen.integers import ONE, ZERO, Dialect, Int, add, floor, minus, product, rest
+from codegen.predicate import predicate as predicate
 from codegen.printed import names, program
 from codegen.runs import Ends, Run, clause_run, hull, masked_of, periodic, union
 from rewrite.mask import Mask

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
 
@@ -135,6 +136,36 @@ class Mask:
         start = keys - queries
         return self.holds(np.arange(queries)[:, None] + start, np.arange(keys)[None], head, row, start)
 
+    def density(self, queries: int, keys: int, heads: int | None = None, rows: int | None = None) -> Fraction:
+        """Share of all pairs that is allowed, exactly; the mean over heads and rows of the batch, if they differ."""
+        from rewrite.mask.density import density
+
+        return density(self, queries, keys, heads, rows)
+
+    def implies(self, other: Mask) -> bool | None:
+        """Whether `other` allows every pair that this one allows, at any length; None where it is not decided."""
+        from rewrite.mask.compare import implies
+
+        return implies(self, other)
+
+    def equals(self, other: Mask) -> bool | None:
+        """Whether both allow the same pairs at any length; None where it is not decided. `==` compares texts."""
+        from rewrite.mask.compare import equals
+
+        return equals(self, other)
+
+    def draw(self, queries: int = 24, keys: int | None = None, head: int = 0, row: int = 0) -> str:
+        """A picture in text: queries down, keys to the right."""
+        from rewrite.mask.draw import draw
+
+        return draw(self, queries, keys, head, row)
+
+    def svg(self, queries: int = 32, keys: int | None = None, head: int = 0, row: int = 0) -> str:
+        """A picture as SVG."""
+        from rewrite.mask.draw import svg
+
+        return svg(self, queries, keys, head, row)
+
     def with_origin(self, origin: Origin) -> Mask:
         """The same predicate, hanging on something else."""
         return Mask(self.name, self.keep, origin, self.tables)
@@ -163,7 +194,7 @@ def mask(
 
 
 def _join(sign: str, left: Mask, right: Mask) -> Mask:
-    right = _apart(left, right)
+    right = apart(left, right)
     order: tuple[Origin, ...] = ("constant", "parameters", "input")
     keep = (sympy.And if sign == "&" else sympy.Or)(left.keep, right.keep)
     read = {str(x.args[0]) for x in keep.atoms(At)}
@@ -175,14 +206,14 @@ def _join(sign: str, left: Mask, right: Mask) -> Mask:
     )
 
 
-def _apart(left: Mask, right: Mask) -> Mask:
+def apart(left: Mask, right: Mask) -> Mask:
     """`right` with those tables renamed whose names stand for other numbers in `left`."""
     for name in right.tables:
         if name in left.tables and not _same(left.tables[name], right.tables[name]):
             stem = _stem(name)
             taken = {_stem(x) for x in (*left.tables, *right.tables)}
             fresh = next(f"{stem}_{i}" for i in range(2, len(taken) + 3) if f"{stem}_{i}" not in taken)
-            return _apart(left, _renamed(right, stem, fresh))
+            return apart(left, _renamed(right, stem, fresh))
     return right
 
 

@@ -1,0 +1,219 @@
+"""Index lists: the tiles of a mask whose tables are read at positions, such as a list of blocks.
+
+What hangs on positions alone is solved as in a schedule; a table gives the least and the largest of its entries over
+each tile. So the work is linear in the number of pairs of tiles and nothing is asked pair of tokens by pair of tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from codegen.bounds import Range, Span, spread
+from codegen.integers import Int, add, name
+from codegen.printed import program
+from codegen.runs import Run, clause_run
+from codegen.schedule import Over
+from rewrite.mask import Mask
+from rewrite.mask.clauses import Clause, Form, clauses
+from rewrite.mask.terms import FIRST, PAST, At, k, q
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Lengths, sizes of tiles, and how many rows and heads there are; one row or head stands for all that are alike.
+
+    `lengths`: queries and keys of each row, (rows,) each, where they are fewer than `queries` and `keys`.
+    """
+
+    queries: int
+    keys: int
+    tile_q: int
+    tile_k: int
+    rows: int = 1
+    heads: int = 1
+    lengths: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Lists:
+    """For every (row, head, fixed tile): how many tiles, int32, and which, int32 (row, head, fixed tile, most)."""
+
+    full_counts: Tensor
+    full: Tensor
+    masked_counts: Tensor
+    masked: Tensor
+
+
+def lists(mask: Mask, over: Over, at: Tiling, tables: Mapping[str, Tensor] | None = None) -> Lists:
+    """Tiles to visit, those without masking and those with, as `Schedule` defines them, in ascending order.
+
+    `tables` are the mask's, on the device that the lists are wanted on.
+    """
+    some, every = tiles(mask, at, tables)
+    last = torch.arange(some.shape[-1 if over == "k" else -2], device=some.device)
+    size, length = (at.tile_k, at.keys) if over == "k" else (at.tile_q, at.queries)
+    if at.lengths is not None:
+        length = at.lengths[over == "k"].to(some.device)[:, None, None, None]
+    whole = (last + 1) * size <= length
+    if over == "q":
+        some, every = some.transpose(-1, -2), every.transpose(-1, -2)
+    every = every & some & whole
+    return Lists(*_packed(every), *_packed(some & ~every))
+
+
+def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts, and indices of what is true moved to the front, by one running sum."""
+    counts = chosen.sum(-1, dtype=torch.int32)
+    most = int(counts.max()) if counts.numel() else 0
+    place = torch.where(chosen, chosen.cumsum(-1) - 1, most)
+    index = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device).expand_as(place)
+    found = torch.zeros(*chosen.shape[:-1], most + 1, dtype=torch.int32, device=chosen.device)
+    return counts, found.scatter_(-1, place, index)[..., :most].contiguous()
+
+
+def tiles(mask: Mask, at: Tiling, tables: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """(rows, heads, query tiles, key tiles): a pair may be allowed; all pairs that are there are."""
+    given = tables or {n: torch.from_numpy(t) for n, t in mask.tables.items()}
+    view = _View(at, given)
+    shape = (at.rows, at.heads, -(-at.queries // at.tile_q), -(-at.keys // at.tile_k))
+    some = torch.zeros(shape, dtype=torch.bool, device=view.device)
+    every = torch.zeros(shape, dtype=torch.bool, device=view.device)
+    for clause in clauses(mask.keep):
+        solved, read = _split(clause)
+        may, must = view.runs(solved)
+        for atom in read:
+            low, high = view.extremes(atom)
+            may, must = may & (high >= 0), must & (low >= 0)
+        some |= may
+        every |= must
+    return some & view.there, every & view.there
+
+
+def _split(clause: Clause) -> tuple[Clause, tuple[Form, ...]]:
+    """Atoms that a schedule solves, and those that read tables at positions."""
+    read = tuple(a for a in clause.atoms if any(_read(t) for t, _ in a.weights))
+    return Clause(tuple(a for a in clause.atoms if a not in read), clause.whole), read
+
+
+def _read(term: Any) -> list[At]:
+    """Tables (not of spans) inside a term that are read at positions."""
+    found = [x for x in term.atoms(At) if x.free_symbols & {q, k}]
+    return [x for x in found if not str(x.args[0]).endswith((FIRST, PAST))]
+
+
+@lru_cache(maxsize=256)
+def _solved(clause: Clause) -> Run:
+    return clause_run(clause, "k")
+
+
+class _View:
+    """Expressions over all tiles at once, as tensors that broadcast to (rows, heads, query tiles, key tiles)."""
+
+    def __init__(self, at: Tiling, tables: Mapping[str, Tensor]) -> None:
+        self.at, self.tables = at, tables
+        self.device = next((t.device for t in tables.values()), torch.device("cpu"))
+        queries, keys = (torch.tensor([n]) for n in (at.queries, at.keys)) if at.lengths is None else at.lengths
+        queries, keys = (n.long().to(self.device)[:, None, None, None] for n in (queries, keys))
+        offset = keys - queries
+        first_q = self._axis(at.queries, at.tile_q)[:, None]
+        first_k = self._axis(at.keys, at.tile_k)
+        self.first_k = first_k
+        self.there = (first_q < queries) & (first_k < keys)
+        self.names: dict[str, Any] = {
+            "q0": first_q + offset,
+            "q1": torch.minimum(first_q + at.tile_q, queries) + offset,
+            "k0": first_k,
+            "k1": torch.minimum(first_k + at.tile_k, keys),
+            "b": self._axis(at.rows, 1)[:, None, None, None],
+            "h": self._axis(at.heads, 1)[:, None, None],
+            "N": keys,
+            "T": queries,
+            "offset": offset,
+            "tile": at.tile_k,
+            "min": _least,
+            "max": _largest,
+            "where": lambda c, a, b: torch.where(self._tensor(c).bool(), self._tensor(a), self._tensor(b)),
+            "load": self._load,
+        }
+
+    def _axis(self, length: int, step: int) -> Tensor:
+        return torch.arange(0, length, step, device=self.device)
+
+    def _tensor(self, x: Any) -> Tensor:
+        return x if isinstance(x, Tensor) else torch.tensor(x, device=self.device)
+
+    def _load(self, table: str, *index: Any) -> Tensor:
+        data = self.tables[table]
+        places = [self._tensor(i).clamp(0, n - 1) for i, n in zip(index, data.shape, strict=True)]
+        return data[tuple(torch.broadcast_tensors(*places))].long()
+
+    def values(self, roots: Sequence[Int]) -> list[Tensor]:
+        """Integer expressions as tensors."""
+        lines, texts = program(roots)
+        space = {**self.names, **{n: n for n in self.tables}}
+        exec("\n".join(lines), space)  # our own printer's text
+        return [self._tensor(eval(text, space)) for text in texts]
+
+    def runs(self, clause: Clause) -> tuple[Tensor, Tensor]:
+        """Key tiles that the atoms of a clause visit, and those whose pairs they all allow."""
+        run = _solved(clause)
+        if run.period is not None:
+            run = run.whole
+        begin, end, inner, past = self.values([*run.visit, *run.every])
+        first = self.first_k
+        number = first // self.at.tile_k
+        # keys that are not there count as allowed here; the ragged tile is taken out of the loops over its axis
+        return (begin <= number) & (number < end), (inner <= first) & (self.names["k1"] <= past)
+
+    def extremes(self, atom: Form) -> tuple[Tensor, Tensor]:
+        """The least and the largest of a form over each pair of tiles."""
+        entries = list(dict.fromkeys(x for t, _ in atom.weights for x in _read(t)))
+        over: Range = {q: Span(name("q0"), add(name("q1"), -1)), k: Span(name("k0"), add(name("k1"), -1))}
+        swapped: dict[Any, Any] = {}
+        for i, entry in enumerate(entries):
+            low, high = self._entries(entry, over)
+            self.names |= {f"low{i}": low, f"high{i}": high}
+            swapped[entry] = sympy.Symbol(f"entry{i}", integer=True)
+            over[swapped[entry]] = Span(name(f"low{i}"), name(f"high{i}"))
+        weights = [(t.xreplace(swapped), w) for t, w in atom.weights]
+        found = spread(weights, atom.constant, over)
+        if found is None:
+            return self._tensor(-1), self._tensor(1)
+        low, high = self.values([found.low, found.high])
+        return low, high
+
+    def _entries(self, entry: At, over: Range) -> tuple[Tensor, Tensor]:
+        """Extremes of a table's entries over the indices that each pair of tiles reaches."""
+        spans = [spread([(i, 1)], 0, over) for i in entry.args[1:]]
+        if any(s is None for s in spans):
+            raise ValueError(f"{entry} is read at an index that is no integer expression of positions")
+        ends = [self.values([s.low, s.high]) for s in spans if s is not None]
+        sizes = self.tables[str(entry.args[0])].shape
+        ends = [[e.clamp(0, n - 1) for e in pair] for pair, n in zip(ends, sizes, strict=True)]
+        steps = [range(int((high - low).max()) + 1) for low, high in ends]
+        found: list[Tensor] = []
+        for step in itertools.product(*steps):
+            index = [torch.minimum(low + i, high) for (low, high), i in zip(ends, step, strict=True)]
+            entries = self._load(str(entry.args[0]), *index)
+            found = [torch.minimum(found[0], entries), torch.maximum(found[1], entries)] if found else [entries] * 2
+        return found[0], found[1]
+
+
+def _least(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    return a.clamp(max=b) if isinstance(a, Tensor) else b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
+
+
+def _largest(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    return a.clamp(min=b) if isinstance(a, Tensor) else b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
