@@ -98,6 +98,7 @@ def recipe(site: Site, mask: Mask, log: Log, beside: str = "") -> Recipe | str:
         group["heads"].append(i // per)
         group["queries"] += list(range(i, i + per))
     place = {"site": site.name, "form": "sparse", "module": owner(site), "mask": str(mask)}
+    place |= {"algebra": None if None in trees or mask.apart else mask.spelled}
     return place | {"shift": begins(site), "groups": list(groups.values())}
 
 
@@ -190,8 +191,14 @@ class _Work:
     def says(self, masks: Mapping[str, Mask], made: PreTrainedModel) -> str | None:
         """Whether a model is not the one whose kernels are given the masks as tables."""
         reference = twin(self.source, self.edits(list(masks)), share=True)
-        with masked(reference, {n: (self.changes[n][0], mask) for n, mask in masks.items()}, _begin(self.inputs)):
-            return differs_in_logits(reference, made, self.inputs)
+        own = {n: (self.changes[n][0], mask) for n, mask in masks.items()}
+        whole = {n: x for n, x in self.inputs.items() if n != "attention_mask"}
+        for inputs in (self.inputs, whole) if "attention_mask" in self.inputs else (self.inputs,):
+            with masked(reference, own, _begin(inputs)):
+                problem = differs_in_logits(reference, made, inputs)
+            if problem is not None:
+                return problem
+        return None
 
 
 def narrowed(site: Site, mask: Mask) -> Mask:

@@ -97,11 +97,12 @@ class Given:
 
 class Sparse:
     """The masks of one module. `shift`: the first key that the model's own mask shows is where a text begins, from
-    which positions count."""
+    which positions count. `algebra`: the masks of all heads as the operator reads them, None where it does not."""
 
-    def __init__(self, groups: list[dict[str, Any]], shift: bool, source: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], shift: bool, algebra: str | None, source: Any) -> None:
         self.groups = [Group(**{n: tuple(x) if n in ("heads", "queries") else x for n, x in g.items()}) for g in groups]
         self.shift = shift
+        self.algebra = algebra
         self.source = source
         self.call = Given()
         order = [h for group in self.groups for h in group.queries]

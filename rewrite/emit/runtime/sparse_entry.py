@@ -50,6 +50,9 @@ def sparse_attention(
     call, sparse.call = sparse.call, Given()
     call.starts = starts(attention_mask) if sparse.shift else None
     hands = written(call)
+    out = operated(sparse, call, module, query, key, value, attention_mask, kwargs) if name == "sdpa" else None
+    if out is not None:
+        return out.transpose(1, 2), None
     attend = Attend(module, name, kernel_of(module, sparse.source), call, attention_mask, kwargs)
     outs: list[Tensor] = []
     weights: list[Tensor | None] = []
@@ -65,6 +68,29 @@ def sparse_attention(
     whole = [p for p in weights if p is not None]
     alike = len(whole) == len(outs) and len({p.shape[-1] for p in whole}) == 1
     return sparse.joined(outs), sparse.joined([p.transpose(1, 2) for p in whole]).transpose(1, 2) if alike else None
+
+
+def operated(
+    sparse: Sparse,
+    call: Given,
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    given: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """(batch, heads, tokens, dim) of a whole text without padding by reattn's operator, which runs a kernel of its own on
+    a GPU. None where the process has not loaded it (`from rewrite import attention` does), or the call is another."""
+    rest = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+    other = rest or kwargs.get("dropout") or isinstance(getattr(module, "sinks", None), Tensor)
+    if sparse.algebra is None or given is not None or other or call.past or q.shape[2] != k.shape[2]:
+        return None
+    if not hasattr(torch.ops.reattn, "attention"):
+        return None
+    scale = kwargs.get("scaling")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return torch.ops.reattn.attention(q, k, v, sparse.algebra, "", [], scale, None, None, None, None, None, None)[0]
 
 
 def written(call: Given) -> list[Hand] | None:
@@ -87,7 +113,7 @@ def tiles(query: Tensor, name: str, kwargs: dict[str, Any]) -> bool:
 def install_sparse(model: Part, recipe: dict[str, Any]) -> None:
     """One site with masks of its own."""
     module: Any = model.get_submodule(recipe["module"])
-    module.reattn = Sparse(recipe["groups"], recipe["shift"], module.config)
+    module.reattn = Sparse(recipe["groups"], recipe["shift"], recipe["algebra"], module.config)
     module.config = copy.copy(module.config)
     # the module's own copy of the config alone names this kernel, so the model's choice stays the user's
     module.config._attn_implementation_internal = SPARSE_KERNEL
