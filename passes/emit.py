@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from passes.convert import Change, named_tensors
 from passes.lower import lower
 from passes.lower_factored import unsplittable
+from passes.lower_sparse import backends
 from passes.plan import Plan, nothing_applies
 from rewrite.emit import Emitted, Stock, deepseek, emit_latent, emit_sparse, forecast_latent, forecast_sparse
 from rewrite.emit import emit as emit_heads
@@ -36,9 +37,11 @@ def emit(program: Program, changes: Mapping[str, Change], planned: Plan, how: Ho
     stay = {name: "; ".join(c.rewritten.notes) for name, c in changes.items() if name not in pairs}
     if not isinstance(program.module, PreTrainedModel):
         graph, tensors = program.dynamic or program.static, named_tensors(program.module)
+        cores = backends(graph, pairs)
         stay |= unsplittable(graph, pairs, tensors)
+        stay |= {n: why.removeprefix("refused: ") for n, why in cores.items() if why.startswith("refused: ")}
         pairs = {name: pair for name, pair in pairs.items() if name not in stay}
-        planned = planned.emitted(dict.fromkeys(pairs, ("graph", "")), stay)
+        planned = planned.emitted({name: ("graph", cores.get(name, "")) for name in pairs}, stay)
         require(planned)
         return lower(graph, pairs, tensors), planned
     emitted = _emitted(program.module, pairs, program, how)

@@ -144,7 +144,7 @@ class BlockSparse:
     def _given(self, site: Site) -> Mask:
         if self.mask is not None:
             return self.mask
-        return static_mask(site, self.window or 1, self.sink)
+        return within(site, static_mask(site, self.window or 1, self.sink))
 
     def _sinks(self, site: Site) -> int:
         """A site that reads the last keys alone shows no first ones."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rewrite.emit.predicate import tree
-from rewrite.emit.sparse import begins, looks_back
+from rewrite.emit.sparse import looks_back
 from rewrite.mask import Mask, causal
 from rewrite.mask.terms import At, h
 from rewrite.shared import shared
@@ -80,15 +80,15 @@ def _outside(site: Site, mask: Mask) -> str | None:
             continue
         q, k = int(at_q[0]), int(at_k[0])
         if looks_back(site) and k > q:
-            would = str(causal & mask) if not begins(site) or mask.name else str(mask)
-            return f"under {mask} token {q} would read token {k}, which comes after it: write {would}"
+            return f"under {mask} token {q} would read token {k}, which comes after it: write {causal & mask}"
         return f"under {mask} query {q} would read key {k}, which the site's own mask {site.mask} hides"
     return None
 
 
 def _empty(site: Site, mask: Mask) -> str | None:
+    own = site.mask.table(LOOKED, LOOKED)
     for i in range(site.heads if mask.per_head else 1):
-        none = np.flatnonzero(~(mask.table(LOOKED, LOOKED, i) & site.mask.table(LOOKED, LOOKED)).any(1))
+        none = np.flatnonzero(own.any(1) & ~(mask.table(LOOKED, LOOKED, i) & own).any(1))
         if len(none):
             return f"under {mask} query {int(none[0])} would read nothing: let every token read itself, | window(1)"
     return None

@@ -33,6 +33,7 @@ from rewrite.modules import owner
 from rewrite.site import Site
 
 Recipe = dict[str, Any]
+RUNS = "by reattn's operator where it is loaded, else by torch a tile of queries after the other"
 MASKED = "reattn_masked"
 """The name under which the kernel of `masked` is registered."""
 
@@ -61,12 +62,12 @@ def emit_sparse(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
     if problem is not None:
         raise RuntimeError(f"the model with its masks is not what was proven: {problem}")
     as_before(made, model)
-    return Emitted(made, dict.fromkeys(kept, "sparse"), {}, refused)
+    return Emitted(made, dict.fromkeys(kept, "sparse"), dict.fromkeys(kept, (RUNS,)), refused)
 
 
 def forecast_sparse(sites: Mapping[str, Site]) -> dict[str, tuple[str, str]]:
     """Source sites by name -> (form, what it costs), before anything is run."""
-    return dict.fromkeys(sites, ("sparse", ""))
+    return dict.fromkeys(sites, ("sparse", RUNS))
 
 
 def recipe(site: Site, mask: Mask, log: Log, beside: str = "") -> Recipe | str:
@@ -143,7 +144,8 @@ class _Work:
         self.source, self.changes, self.logs, self.inputs = source, changes, logs, inputs
         tensors = table(source)
         self.full = {n: edited(site, new, tensors.__getitem__) for n, (site, new) in changes.items()}
-        self.steady = inconsistent(source, inputs) is None
+        # a class that does not read its own cache as it wrote it says nothing about what is dropped
+        self.steady = source.can_generate() and inconsistent(source, inputs) is None
         self.trains = unsteady(source, inputs) is None
 
     def edits(self, names: Sequence[str]) -> Edits:
@@ -194,7 +196,7 @@ class _Work:
         own = {n: (self.changes[n][0], mask) for n, mask in masks.items()}
         whole = {n: x for n, x in self.inputs.items() if n != "attention_mask"}
         for inputs in (self.inputs, whole) if "attention_mask" in self.inputs else (self.inputs,):
-            with masked(reference, own, _begin(inputs)):
+            with masked(reference, own, inputs):
                 problem = differs_in_logits(reference, made, inputs)
             if problem is not None:
                 return problem
@@ -216,24 +218,27 @@ def narrowed(site: Site, mask: Mask) -> Mask:
     return mask & streaming(sinks, [None if x is None else min(x.window, widths[x.window]) for x in found])
 
 
-def _begin(inputs: Mapping[str, Any]) -> Tensor | None:
-    """(batch,) the first token of each row."""
-    given = inputs.get("attention_mask")
+def _begin(model: PreTrainedModel, site: Site, inputs: Mapping[str, Any]) -> Tensor | None:
+    """(batch,) the first token of each row of the text that a site reads; None where rows begin at once."""
+    name = "decoder_attention_mask" if model.config.is_encoder_decoder and looks_back(site) else "attention_mask"
+    given = inputs.get(name) if begins(site) else None
     return given.int().argmax(-1) if isinstance(given, Tensor) and given.dim() == 2 else None
 
 
 @contextmanager
 def masked(
-    model: PreTrainedModel, masks: Mapping[str, tuple[Site, Mask]], begin: Tensor | None = None
+    model: PreTrainedModel, masks: Mapping[str, tuple[Site, Mask]], inputs: Mapping[str, Any]
 ) -> Generator[None]:
     """For a while the kernels of source sites, by name, are given masks as tables of all queries and keys: the plainest
-    way, without a cache. `begin` (batch,): the first token of each row."""
-    owners = {model.get_submodule(owner(site)): (site, mask) for site, mask in masks.values()}
+    way, without a cache. Positions count from the first token of each row of `inputs`."""
+    owners = {
+        model.get_submodule(owner(site)): (site, mask, _begin(model, site, inputs)) for site, mask in masks.values()
+    }
     before = {module: module.config for module in owners}
 
     def run(module: Any, q: Tensor, k: Tensor, v: Tensor, given: Tensor | None = None, **kwargs: Any) -> Any:
-        site, mask = owners[module]
-        keep = tables(mask, site.heads, q.shape[2], k.shape[2], begin if begins(site) else None)
+        site, mask, begin = owners[module]
+        keep = tables(mask, site.heads, q.shape[2], k.shape[2], begin)
         name = before[module]._attn_implementation
         given = both(keep, given, q, name == "eager")
         return kernel_of(module, before[module])(module, q, k, v, given, **kwargs)
