@@ -58,7 +58,7 @@ def emit_sparse(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, A
     masks = {n: new.site.mask for n, (_, new) in kept.items()}
     made = twin(source, work.edits(list(kept)), share=False)
     dress(made, work.recipes(masks))
-    problem = (inconsistent(made, inputs) if work.steady else None) or work.says(masks, made)
+    problem = work.forgets(made) or work.says(masks, made)
     if problem is not None:
         raise RuntimeError(f"the model with its masks is not what was proven: {problem}")
     as_before(made, model)
@@ -144,8 +144,10 @@ class _Work:
         self.source, self.changes, self.logs, self.inputs = source, changes, logs, inputs
         tensors = table(source)
         self.full = {n: edited(site, new, tensors.__getitem__) for n, (site, new) in changes.items()}
+        whole = {n: torch.ones_like(x) if n == "attention_mask" else x for n, x in inputs.items()}
         # a class that does not read its own cache as it wrote it says nothing about what is dropped
-        self.steady = source.can_generate() and inconsistent(source, inputs) is None
+        steady = [x for x in (inputs, whole) if source.can_generate() and inconsistent(source, x) is None]
+        self.steady = steady[0] if steady else None
         self.trains = unsteady(source, inputs) is None
 
     def edits(self, names: Sequence[str]) -> Edits:
@@ -188,7 +190,11 @@ class _Work:
             return problem
         narrow = {n: narrowed(*self.changes[n][:1], self.changes[n][1].site.mask) for n in names}
         made = self.built(narrow)
-        return self.says(narrow, made) or (inconsistent(made, self.inputs) if self.steady else None)
+        return self.says(narrow, made) or self.forgets(made)
+
+    def forgets(self, made: PreTrainedModel) -> str | None:
+        """Whether steps with a cache say something else than one forward."""
+        return None if self.steady is None else inconsistent(made, self.steady)
 
     def says(self, masks: Mapping[str, Mask], made: PreTrainedModel) -> str | None:
         """Whether a model is not the one whose kernels are given the masks as tables."""

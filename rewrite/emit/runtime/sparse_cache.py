@@ -129,7 +129,10 @@ class SparseView(CacheView):
         call = self.sparse.call
         layer = bounded(self.inner, layer_idx, self.sparse)
         if layer is not None:
-            call.past, call.offset = layer.get_seq_length(), layer.get_mask_sizes(key_states.shape[2])[1]
+            past = layer.get_seq_length()
+            # a static layer counts on in the tensor that it gives
+            call.past = past.clone() if isinstance(past, Tensor) else past
+            call.offset = layer.get_mask_sizes(key_states.shape[2])[1]
         if not isinstance(layer, BoundedLayer):
             return self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
         call.layer, call.new = layer, (key_states, value_states)
