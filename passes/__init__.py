@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from passes.moments import SiteBatch
+    from rewrite.mask import Mask
     from rewrite.site import Site
 
 __all__ = ["PIPELINE", "Curve", "Heads", "Latents", "Rewritten", "Spreading", "Stats", "Target", "Weights"]
@@ -39,6 +40,10 @@ class Stats(Protocol):
 
     def latent(self, latents: Latents) -> Iterator[tuple[Tensor, Tensor]]:
         """The same for a site that caches a latent."""
+        ...
+
+    def masked(self, mask: Mask) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same for a site that reads fewer keys with its original weights."""
         ...
 
     def batches(self) -> Iterator[SiteBatch]:
@@ -89,11 +94,15 @@ class Spreading(Target, Protocol):
     """A target that can leave each site's size open, so that one total is spread over the sites by measured error."""
 
     def share(self, site: Site) -> int | None:
-        """Numbers per token that the site adds to the total, None where its size is settled."""
+        """What the site adds to the total (numbers per token, pairs), None where its size is settled."""
         ...
 
     def alike(self) -> str:
         """Why all sites have one size though a total was given; "" where nothing holds them to it."""
+        ...
+
+    def told(self, total: int) -> str:
+        """The total of all sites in words."""
         ...
 
     def curve(self, site: Site, weights: Weights, stats: Stats) -> Curve:

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 from codegen.eager import operand
 from passes import Weights
+from passes.masked import masked_outputs
 from passes.mla_basis import back, basis
 from passes.moments import NEEDS, SiteBatch
 from passes.region import Env, Machine, Slice, entered, entering, projected, run_slice
@@ -26,6 +27,7 @@ from passes.trial import heads_outputs
 from rewrite.errors import BadUsage
 from rewrite.heads import Latents
 from rewrite.layout import expanded, gather
+from rewrite.mask import Mask
 from rewrite.shared import shared
 from rewrite.site import Site, Tensors
 
@@ -161,6 +163,12 @@ class SiteStats:
         batches = zip(self.stream.envs, self.stream.keep, self.batches(), strict=True)
         for at, (env, keep, batch) in enumerate(batches):
             yield _counted(heads_outputs(latents, batch), keep), _counted(self._original(at, env), keep)
+
+    def masked(self, mask: Mask) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per batch, as `attend`, with the original's weights and fewer keys."""
+        batches = zip(self.stream.envs, self.stream.keep, self.batches(), strict=True)
+        for at, (env, keep, batch) in enumerate(batches):
+            yield _counted(masked_outputs(mask, batch), keep), _counted(self._original(at, env), keep)
 
     def batches(self) -> Iterator[SiteBatch]:
         """What the original weights see, batch by batch."""

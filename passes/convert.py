@@ -13,12 +13,12 @@ from passes.find import Found
 from passes.refit import output_error
 from passes.region import Machine, Slice, slice_of, twins
 from passes.spread import open_shares, spread_targets
-from passes.trial import heads_outputs
+from passes.trial import inner
 from passes.tune import Tuning, tune
 from rewrite.heads import Rewritten
 from rewrite.layout import expanded, gather
 from rewrite.program import Program
-from rewrite.site import Site, Tensors
+from rewrite.site import Site, Sparse, Tensors
 
 Progress = Callable[[str, int, int], None]
 """Told the site's name, how many are done and how many there are."""
@@ -102,11 +102,12 @@ def _convert_on(
         rewritten = replace(rewritten, notes=(*rewritten.notes, f"{part.site.name}: factors are not tuned"))
     elif tuning is not None and rewritten.site is not part.site:
         rewritten = tune(rewritten, part.site, gather(part.site, tensors), stats, tuning)
-    latents, kv_of = rewritten.latents, rewritten.site.kv_of
+    latents, kv_of, sparse = rewritten.latents, rewritten.site.kv_of, isinstance(rewritten.site.form, Sparse)
     edits = expanded(part.site, rewritten.weights, kv_of, tensors)
     error = None
     if measure:
-        trials = stats.attend(rewritten.weights, kv_of) if latents is None else stats.latent(latents)
+        attend = stats.masked(rewritten.site.mask) if sparse else stats.attend(rewritten.weights, kv_of)
+        trials = attend if latents is None else stats.latent(latents)
         error = output_error(trials, rewritten.weights)
-    stream.leave(part, edits, None if latents is None else lambda batch: heads_outputs(latents, batch))
+    stream.leave(part, edits, inner(rewritten))
     return Change(part.site, rewritten, error)

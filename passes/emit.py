@@ -12,15 +12,16 @@ from transformers import PreTrainedModel
 from passes.convert import Change, named_tensors
 from passes.lower import lower
 from passes.lower_factored import unsplittable
+from passes.lower_sparse import backends
 from passes.plan import Plan, nothing_applies
-from rewrite.emit import Emitted, Stock, deepseek, emit_latent, forecast_latent
+from rewrite.emit import Emitted, Stock, deepseek, emit_latent, emit_sparse, forecast_latent, forecast_sparse
 from rewrite.emit import emit as emit_heads
 from rewrite.emit import forecast as forecast_heads
 from rewrite.emit.choose import Changes, padded
 from rewrite.emit.factored import proven, shipped
 from rewrite.emit.validate import differs_in_logits
 from rewrite.program import Program
-from rewrite.site import Factored, Latent, Site
+from rewrite.site import Factored, Latent, Site, Sparse
 
 How = Literal["auto", "stock", "own"]
 """Of a latent: a class of the library that engines load, the model's own class with a modelling file, or the first
@@ -36,9 +37,11 @@ def emit(program: Program, changes: Mapping[str, Change], planned: Plan, how: Ho
     stay = {name: "; ".join(c.rewritten.notes) for name, c in changes.items() if name not in pairs}
     if not isinstance(program.module, PreTrainedModel):
         graph, tensors = program.dynamic or program.static, named_tensors(program.module)
+        cores = backends(graph, pairs)
         stay |= unsplittable(graph, pairs, tensors)
+        stay |= {n: why.removeprefix("refused: ") for n, why in cores.items() if why.startswith("refused: ")}
         pairs = {name: pair for name, pair in pairs.items() if name not in stay}
-        planned = planned.emitted(dict.fromkeys(pairs, ("graph", "")), stay)
+        planned = planned.emitted({name: ("graph", cores.get(name, "")) for name in pairs}, stay)
         require(planned)
         return lower(graph, pairs, tensors), planned
     emitted = _emitted(program.module, pairs, program, how)
@@ -50,6 +53,8 @@ def emit(program: Program, changes: Mapping[str, Change], planned: Plan, how: Ho
 
 def _emitted(model: PreTrainedModel, pairs: Changes, program: Program, how: How) -> Emitted:
     """By what the sites hold: latents in a cache, factors where nothing is cached, else heads."""
+    if any(isinstance(new.site.form, Sparse) for _, new in pairs.values()):
+        return emit_sparse(model, pairs, program.kwargs)
     latents = {n: pair for n, pair in pairs.items() if pair[1].latents is not None}
     factored = {n: pair for n, pair in pairs.items() if pair[1].factors is not None}
     if not factored:
@@ -108,8 +113,9 @@ def forecast(module: nn.Module, pairs: Mapping[str, tuple[Site, Site]]) -> dict[
         return dict.fromkeys(pairs, ("graph", ""))
     latent = {n: old for n, (old, new) in pairs.items() if isinstance(new.form, Latent)}
     factored = [n for n, (_, new) in pairs.items() if isinstance(new.form, Factored)]
-    heads = {n: pair for n, pair in pairs.items() if n not in (*latent, *factored)}
-    made = forecast_heads(module, heads) | forecast_latent(module, latent)
+    sparse = {n: old for n, (old, new) in pairs.items() if isinstance(new.form, Sparse)}
+    heads = {n: pair for n, pair in pairs.items() if n not in (*latent, *factored, *sparse)}
+    made = forecast_heads(module, heads) | forecast_latent(module, latent) | forecast_sparse(sparse)
     return made | dict.fromkeys(factored, ("factored", ""))
 
 

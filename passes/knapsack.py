@@ -19,7 +19,14 @@ def spread(errors: Mapping[str, Mapping[int, float]], total: int) -> dict[str, i
     least = sum(min(sizes) for sizes in errors.values())
     if least > total:
         raise ValueError(f"{len(errors)} sites need at least {least} numbers, and the budget is {total}")
-    room = total - least
+    states = frontier(errors, total - least)
+    _, chosen = min(states.values(), key=lambda state: state[0])
+    return dict(zip(errors, chosen, strict=True))
+
+
+def frontier(errors: Mapping[str, Mapping[int, float]], room: int) -> dict[int, tuple[float, tuple[int, ...]]]:
+    """All that is worth having: how much more than their smallest sizes all use, at most `room`, -> (the least sum of
+    errors, the sizes), each with less error than those that use less."""
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for sizes in errors.values():
         low = min(sizes)
@@ -30,8 +37,7 @@ def spread(errors: Mapping[str, Mapping[int, float]], total: int) -> dict[str, i
                 if now <= room and (now not in more or error + own < more[now][0]):
                     more[now] = (error + own, (*chosen, size))
         best = _undominated(more)
-    _, chosen = min(best.values(), key=lambda state: state[0])
-    return dict(zip(errors, chosen, strict=True))
+    return best
 
 
 def between(measured: Mapping[int, float], step: int) -> dict[int, float]:

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from passes.lower_factored import site_cuts, split
+from passes.lower_sparse import hide
 from rewrite.heads import Rewritten
 from rewrite.layout import axis_map, expanded, repeats
 from rewrite.site import IntArray, Site, Tensors
@@ -58,6 +59,7 @@ def lower(program: ExportedProgram, changes: Mapping[str, tuple[Site, Rewritten]
             if made is not None:
                 shrunk[name] = made
     _expand(module, shrunk)
+    hide(module, changes)
     module.graph.lint()
     module.recompile()
     return module

@@ -146,6 +146,10 @@ class MLA:
         one = self.even and isinstance(self.cache, float | int)
         return "even=true is for a stock class, which has one rank for all layers" if one else ""
 
+    def told(self, total: int) -> str:
+        """The sites' total in words."""
+        return f"{total} numbers a token in all"
+
     def curve(self, site: Site, weights: Weights, stats: Stats) -> Curve:
         """What the closed form loses: one search of settings, and other sizes near what it found."""
         share, full = budget(site, self.cache if isinstance(self.cache, float) else 1.0), lossless(site, self._rebuilt)

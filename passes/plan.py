@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from passes import Target
 from passes.assign import holds_cache
 from passes.sizes import Source, count, describe, parameters, saved, shape
+from passes.sparse_words import work
 from passes.verdict import next_target, no_attention, nothing_applies, offer, require_space
 from rewrite.errors import ReattnError
 from rewrite.machine import Machine, this_machine
@@ -17,7 +18,7 @@ from rewrite.program import Program
 from rewrite.record import to_json
 from rewrite.report import Pair, SiteRow
 from rewrite.runtimes import runtimes
-from rewrite.site import Latent, Refusal, Sink, Site
+from rewrite.site import Latent, Refusal, Sink, Site, Sparse
 from rewrite.table import change, columns, fold, memory, number, size
 from rewrite.text import mod_text, norm_text, rope_text
 
@@ -62,8 +63,15 @@ class Plan:
     @property
     def cache(self) -> Pair:
         """Bytes of the cache at `context` tokens, batch 1."""
-        each = self.context * self.source.each
-        return Pair(each * sum(r.cache_before for r in self.rows), each * sum(r.cache_after for r in self.rows))
+        before = [self.context * r.cache_before for r in self.rows]
+        after = [self.context * r.cache_after + r.cache_fixed for r in self.rows]
+        each = self.source.each
+        return Pair(each * sum(before), each * sum(min(pair) for pair in zip(before, after, strict=True)))
+
+    @property
+    def work(self) -> tuple[str, ...]:
+        """What is saved where fewer pairs of query and key are read, and where no time is."""
+        return work(self.sites, self.after, self.context)
 
     @property
     def runs_in(self) -> tuple[str, ...]:
@@ -93,7 +101,8 @@ class Plan:
         rows = tuple(_row(o, n, self.source.generates, r.note) if r.name in sites else r for r, o, n in changed)
         planned, made = (sum(r.cache_after for r in some if r.name in sites) for some in (self.rows, rows))
         words = self.sizes
-        if words and len({r.cache_after for r in rows if r.name in sites}) > 1:
+        fewer = any(isinstance(s.form, Sparse) for s in sites.values())
+        if words and not fewer and len({r.cache_after for r in rows if r.name in sites}) > 1:
             words = f"sizes differ by site as measured: {made} numbers a token in all, {planned} planned"
         return replace(self, rows=rows, after=tuple(new for _, _, new in changed), sizes=words)
 
@@ -113,6 +122,7 @@ class Plan:
                 "refused": [{"name": n, **_refusal(self.why[n])} for n, _ in self.refused],
                 "converted": self.converted, "weights": self.weights, "context": self.context, "cache": self.cache,
                 "memory_needed": self.memory_needed, "runs_in": self.runs_in, "sizes": self.sizes,
+                "work": self.work,
             }
         )  # fmt: skip
 
@@ -156,6 +166,7 @@ class Plan:
             rows.append(["kv cache", memory(c.before), memory(c.after), change(c.before, c.after), note])
         lines = [columns(rows, indent=0)]
         lines += [f"sizes    {self.sizes}"] if self.sizes else []
+        lines += [f"{'work' if i == 0 else '':9}{line}" for i, line in enumerate(self.work)]
         lines += ["quality  lossy; `convert` measures it", *offered]
         for i, line in enumerate(self.runs_in):
             lines.append(("runs in  " if i == 0 else "         ") + line)
@@ -242,6 +253,7 @@ def _row(site: Site, new: Site, generates: bool, note: str) -> SiteRow:
         after=shape(new),
         cache_before=site.cache_per_token if cached else 0,
         cache_after=new.cache_per_token if cached else 0,
+        cache_fixed=new.cache_fixed if cached else 0,
         parameters_before=parameters(site),
         parameters_after=parameters(new),
         note=note,
@@ -254,6 +266,7 @@ def _stay(row: SiteRow, reason: str) -> SiteRow:
         converted=False,
         after=row.before,
         cache_after=row.cache_before,
+        cache_fixed=0,
         parameters_after=row.parameters_before,
         form="",
         note=f"refused: {reason}",
@@ -281,6 +294,7 @@ def _cells(row: SiteRow, each: int, wanted: bool) -> list[str]:
         return show(before) if before == after else f"{show(before)} → {show(after)}"
 
     cache = both(row.cache_before * each, row.cache_after * each, memory) if row.cache_before else "–"
+    cache += f" + {memory(row.cache_fixed * each)} in all" if row.cache_fixed else ""
     after = row.after if row.converted else "unchanged"
     return [
         row.before,

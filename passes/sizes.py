@@ -9,7 +9,7 @@ from typing import Any
 from passes.factor_shape import sides
 from rewrite.checkpoint import Checkpoint, open_checkpoint
 from rewrite.shared import shared
-from rewrite.site import Dense, Factored, Latent, Operand, Refusal, Site
+from rewrite.site import Dense, Factored, Latent, Operand, Refusal, Site, Sparse
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,18 @@ class Source:
 
 
 def shape(site: Site) -> str:
-    """How a site looks in one cell: dense 32 × 128, grouped 8 of 32 × 128, latent 448 + 64 for 32 heads."""
+    """How a site looks in one cell: dense 32 × 128, grouped 8 of 32 × 128, latent 448 + 64 for 32 heads,
+    sparse 32 × 128, causal & window(64)."""
     if isinstance(site.form, Latent):
         turned = f" + {site.form.rope_dim}" if site.form.rope_dim else ""
         return f"{'rebuilt' if site.form.rebuilt else 'latent'} {site.form.rank}{turned} for {site.heads} heads"
     if isinstance(site.form, Factored):
         ranks = "/".join("dense" if r is None else str(r) for r in site.form.ranks)
         return f"factored {ranks} for {site.heads} heads"
+    if isinstance(site.form, Sparse):
+        many = f"{site.heads}" if site.kv_heads == site.heads else f"{site.kv_heads} of {site.heads}"
+        left = str(site.mask) if site.form.density is None else f"{100 * site.form.density:.3g} % of the pairs"
+        return f"sparse {many} × {site.k.dim}, {left}"
     few = shared(site)
     if few is not None:
         return f"latent {few.rank} + {len(few.dims)} for {site.heads} heads"

@@ -13,11 +13,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from passes import Curve, Rewritten, Spreading, Stats, Target
+from passes import Curve, Spreading, Stats, Target
 from passes.calibrate import Batch, Stream, statistics
 from passes.knapsack import between, spread
 from passes.region import Machine, Slice
-from passes.trial import heads_outputs
+from passes.trial import inner
 from rewrite.layout import expanded, gather
 from rewrite.site import Site, Tensors
 
@@ -57,7 +57,8 @@ def words(sites: Sequence[Site], targets: Mapping[str, Target], *, alike: bool =
         return f"the same for every site: {min(reasons)}; ranks by layer lose less and need the model's own form"
     if not shares:
         return ""
-    total = f"{sum(shares.values())} numbers a token in all"
+    open_ = next(t for n, t in targets.items() if n in shares and isinstance(t, Spreading))
+    total = open_.told(sum(shares.values()))
     return (
         f"{total}, spread over {len(shares)} sites by what each loses on calibration text; without it all get the same"
     )
@@ -115,7 +116,7 @@ class _Probe:
     def _lost(self, part: Slice, curve: Curve) -> float:
         fork, made = self.stream.fork(slice(1)), curve.example
         edits = expanded(part.site, made.weights, made.site.kv_of, self.tensors)
-        fork.leave(part, edits, _inner(made))
+        fork.leave(part, edits, inner(made))
         before, after = self.predicted, self._predicted(fork)
         return max(float((before.exp() * (before - after)).sum(-1).double().mean()), 0.0)
 
@@ -125,11 +126,6 @@ class _Probe:
         scores, keep = stream.envs[0][self.end.out].float().log_softmax(-1), stream.keep[0]
         rows = scores.flatten(0, -2)
         return rows[keep.reshape(-1)] if keep is not None and keep.numel() == len(rows) else rows
-
-
-def _inner(made: Rewritten) -> Callable[..., Tensor] | None:
-    latents = made.latents
-    return None if latents is None else lambda batch: heads_outputs(latents, batch)
 
 
 def _end(machine: Machine, slices: Sequence[Slice]) -> Slice | None:

@@ -6,6 +6,7 @@ number per query that softmax ignores. So nothing here needs to know how the mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from codegen.eager import rotated, scored
 from codegen.latent import attention, features
+from passes.masked import masked_outputs
 from passes.mla_basis import of_tokens
 from passes.moments import SCORES, SiteBatch, windowed
-from rewrite.heads import Latents
-from rewrite.site import Affine, Sink, Site
+from rewrite.heads import Latents, Rewritten
+from rewrite.site import Affine, Sink, Site, Sparse
 
 ALL = slice(None)
 
@@ -95,6 +97,14 @@ def heads_outputs(latents: Latents, batch: SiteBatch) -> Tensor:
     some = torch.arange(t).split(max(1, SCORES // (b * h * batch.k.shape[2])))
     z = torch.cat([trial(batch, ALL, queries).latent(latents) for queries in some], 2)
     return z.transpose(1, 2).flatten(0, 1)
+
+
+def inner(made: Rewritten) -> Callable[[SiteBatch], Tensor] | None:
+    """The heads' outputs (tokens, h, dv) of a batch, where the site's own operations cannot give them with any tensors."""
+    latents, mask = made.latents, made.site.mask
+    if latents is not None:
+        return lambda batch: heads_outputs(latents, batch)
+    return (lambda batch: masked_outputs(mask, batch)) if isinstance(made.site.form, Sparse) else None
 
 
 def uniform(after: Affine | None) -> float:

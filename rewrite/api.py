@@ -20,6 +20,7 @@ from passes.gqa import GQA
 from passes.mla import MLA
 from passes.plan import Plan, make_plan, no_attention, require_space
 from passes.sizes import describe
+from passes.sparse import BlockSparse
 from passes.spread import open_shares, settled, words
 from passes.tune import Tuning
 from rewrite.calibration import Batch, Windows, batches
@@ -34,7 +35,7 @@ from rewrite.save import made_by, refuse_saving, save
 from rewrite.site import Site
 from rewrite.spell import spell
 
-TARGETS: tuple[type[Any], ...] = (GQA, MLA)
+TARGETS: tuple[type[Any], ...] = (GQA, MLA, BlockSparse)
 """Every target that can be asked for, by the command line too."""
 
 Inputs = tuple[Any, ...] | dict[str, Any] | None
@@ -101,6 +102,7 @@ def convert(
     if out is not None:
         refuse_saving(opened.working)
     windows = Windows(length or opened.context, samples)
+    asked = _at_length(asked, windows.length) or asked
     tuning = Tuning(tune, seed) if tune else None
     folder = None if out is None else Path(out)
     step = _Step(asked, inputs, only, tuple(skip), opened, calibration, windows, folder, tuning, emit)
@@ -142,6 +144,11 @@ def _one(target: Target | Sequence[Target]) -> Target | None:
             f"give the last alone: {spell(targets[-1])}",
         )
     return targets[0] if targets else None
+
+
+def _at_length(target: Target | None, tokens: int) -> Target | None:
+    """A share of pairs is one of texts of some length."""
+    return target.at_length(tokens) if isinstance(target, BlockSparse) else target
 
 
 def _silent(_name: str, _done: int, _total: int) -> None:

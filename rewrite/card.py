@@ -125,7 +125,8 @@ def card(report: Report, licence: str = "", auto: str = "", kind: str = "") -> s
 
 def _cache(sites: Sequence[SiteRow]) -> str:
     before, after = sum(s.cache_before for s in sites), sum(s.cache_after for s in sites)
-    return f", kv cache {change(before, after)}" if before else ""
+    beside = " a token of long texts" if any(s.cache_fixed for s in sites) else ""
+    return f", kv cache {change(before, after)}{beside}" if before else ""
 
 
 _STYLE = """

@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-_TO = "what to make of the attention: gqa:3, mla:cache=0.25, gqa:kv_heads=3,method=mean"
+_TO = "what to make of the attention: gqa:3, mla:cache=0.25, sparse:window=4096,sink=4, sparse:density=0.5"
 _FORMATTER = argparse.RawDescriptionHelpFormatter
 
 

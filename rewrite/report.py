@@ -21,6 +21,8 @@ class SiteRow:
     cache_after: int
     parameters_before: int
     parameters_after: int
+    cache_fixed: int = 0
+    """Numbers that the cache holds beside them however long the text is: of heads that read its last tokens alone."""
     form: str = ""
     """How it is emitted: stock, grouped, view or graph."""
     note: str = ""
@@ -256,6 +258,7 @@ def site_table(sites: Sequence[SiteRow]) -> str:
     for name, at in fold([s.name for s in sites], alike):
         s = sites[at]
         cache = f"{s.cache_before} → {s.cache_after}" if s.converted else str(s.cache_before)
+        cache += f" + {s.cache_fixed} in all" if s.cache_fixed else ""
         after = s.after if s.converted else "unchanged"
         rows.append([name, s.before, after, cache, "" if s.error is None else f"{s.error:.2g}", s.remark])
     return columns(rows)

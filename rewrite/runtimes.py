@@ -23,7 +23,7 @@ RUNTIMES = (
         "tests/e2e/test_folder_bare.py::test_bare_process",
     ),
     Runtime(
-        frozenset({"stock", "grouped", "view", "grouped or view", "latent", "factored"}),
+        frozenset({"stock", "grouped", "view", "grouped or view", "latent", "factored", "sparse"}),
         "transformers with trust_remote_code=True: one generated modelling file lies beside the weights",
         "tests/e2e/test_folder_bare.py::test_bare_process",
     ),

@@ -229,7 +229,18 @@ class Factored:
     ranks: tuple[int | None, ...]
 
 
-Form = Dense | Grouped | Latent | Factored
+@dataclass(frozen=True)
+class Sparse:
+    """Queries read fewer keys than the source's mask allows; the site's `mask` says which. `held` is how many tokens
+    the cache needs for each kv head, at most; None is all. Where calibration is still to choose the mask, the mask is
+    the source's, `held` is empty and `density` the share of its pairs that will be left."""
+
+    kv_heads: int
+    held: tuple[int | None, ...] = ()
+    density: float | None = None
+
+
+Form = Dense | Grouped | Latent | Factored | Sparse
 
 
 @dataclass(frozen=True)
@@ -326,7 +337,14 @@ class Site(Data):
         few = shared(self)
         if few is not None:
             return few.width
-        return self.kv_heads * (self.k.dim + self.v.dim)
+        whole = sum(n is None for n in self.form.held) if isinstance(self.form, Sparse) and self.form.held else None
+        return (self.kv_heads if whole is None else whole) * (self.k.dim + self.v.dim)
+
+    @property
+    def cache_fixed(self) -> int:
+        """Numbers cached per layer that grow no further with the text: of heads that need its last tokens alone."""
+        held = self.form.held if isinstance(self.form, Sparse) else ()
+        return sum(n for n in held if n is not None) * (self.k.dim + self.v.dim)
 
     @property
     def heads_alike(self) -> bool:

@@ -35,9 +35,9 @@ def parse(text: str, targets: Sequence[type[T]]) -> T:
     hints = get_type_hints(cls)
     names = [f.name for f in _fields(cls)]
     values: dict[str, Any] = {}
-    for at, piece in enumerate(p.strip() for p in rest.split(",") if p.strip()):
+    for at, piece in enumerate(p.strip() for p in _pieces(rest) if p.strip()):
         key, equals, value = piece.partition("=")
-        if not equals:
+        if not equals or not key.strip().isidentifier():
             if at > 0:
                 raise BadUsage("bad-target", f"'{piece}' in '{text}' has no name", _usage(cls))
             key, value = names[0], piece
@@ -47,6 +47,18 @@ def parse(text: str, targets: Sequence[type[T]]) -> T:
             raise BadUsage("bad-target", f"{key} is given twice in '{text}'", _usage(cls))
         values[key] = _read(value, hints[key], key, cls)
     return _build(cls, values, text)
+
+
+def _pieces(text: str) -> list[str]:
+    """What stands between commas; those in brackets belong to a mask."""
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return pieces
 
 
 def _build(cls: type[T], values: dict[str, Any], text: str) -> T:
@@ -104,7 +116,26 @@ def _read_as(text: str, kind: Any) -> Any:
         return int(text) if text.lstrip("-").isdecimal() else MISSING
     if kind is float:
         return float(text) if text.replace(".", "", 1).replace("e-", "", 1).isdecimal() else MISSING
-    return text if kind is str else MISSING
+    if kind is str:
+        return text
+    return _mask(text) if _is_mask(kind) else MISSING
+
+
+def _is_mask(kind: Any) -> bool:
+    # masks are made of sympy, which a spelling alone should not load
+    from rewrite.mask import Mask
+
+    return kind is Mask
+
+
+def _mask(text: str) -> Any:
+    """The mask of some algebra, or MISSING."""
+    from rewrite.mask import parse as read
+
+    try:
+        return read(text)
+    except ValueError:
+        return MISSING
 
 
 def _noun(kind: Any) -> str:
@@ -112,7 +143,8 @@ def _noun(kind: Any) -> str:
         return "one of " + ", ".join(str(c) for c in get_args(kind))
     if get_origin(kind) is not None:
         return "numbers with / between them, one per site"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+    known = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return known.get(kind) or "a mask, as causal & (window(1024) | sink(4))"
 
 
 def _close(word: str, known: Sequence[str] | dict[str, Any]) -> str:

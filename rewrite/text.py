@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rewrite.site import Affine, Bias, Factored, Latent, Mod, Norm, Operand, Output, Rope, Site, Softcap
+from rewrite.site import Affine, Bias, Factored, Latent, Mod, Norm, Operand, Output, Rope, Site, Softcap, Sparse
 
 NUMBER = re.compile(r"\d+")
 
@@ -104,6 +104,11 @@ def _held(site: Site) -> list[str]:
     if isinstance(site.form, Factored):
         ranks = "/".join("dense" if r is None else str(r) for r in site.form.ranks)
         return [f"kv_heads={site.kv_heads}", f"ranks={ranks}"]
+    if isinstance(site.form, Sparse):
+        held = dict.fromkeys("all" if n is None else str(n) for n in site.form.held)
+        each = held if len(held) == 1 else ["all" if n is None else str(n) for n in site.form.held]
+        open_ = [] if site.form.density is None else [f"density={number(site.form.density, True)}"]
+        return [f"kv_heads={site.kv_heads}", *([f"held={','.join(each)}"] if held else []), *open_]
     if not isinstance(site.form, Latent):
         return [f"kv_heads={site.kv_heads}"]
     turned = [f"rope_dim={site.form.rope_dim}"] if site.form.rope_dim else []

@@ -1,0 +1,62 @@
+"""A site's heads with fewer keys, on one batch: the original's own probabilities, those of hidden keys shared out anew.
+
+Softmax over fewer keys is softmax over all of them, divided by what is left: scores, caps, biases and norms need no
+second way. A sink keeps what it had before the division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from passes.moments import SCORES, SiteBatch, windowed
+from rewrite.mask import Mask
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some queries of a batch: p (b, h, t, s) the original's probabilities, v (b, h, s, dv), positions in keys."""
+
+    p: Tensor
+    v: Tensor
+    at: Tensor
+    """(t,) positions of the queries"""
+
+    def outputs(self, keep: Tensor | None) -> Tensor:
+        """(b, h, t, dv) of heads that read where `keep` (h or 1, t, s) is True."""
+        if keep is None:
+            return self.p @ self.v
+        kept = self.p * keep
+        # what the sink takes is no key's, so it is left beside what the keys lose
+        left = 1 - (self.p.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True))
+        return (kept @ self.v).div_(left.clamp_min(torch.finfo(self.p.dtype).tiny)).nan_to_num_()
+
+    def hidden(self, keep: Tensor) -> Tensor:
+        """(b, h, t): the probability of what is not read."""
+        return (self.p * ~keep).sum(-1)
+
+
+def parts(batch: SiteBatch, dtype: torch.dtype = torch.float64) -> Iterator[Part]:
+    """All queries of a batch, some at a time."""
+    batch = windowed(batch)
+    (b, h, t, _), s = batch.q.shape, batch.k.shape[2]
+    v = batch.v[:, list(batch.site.kv_of)].to(dtype)
+    for queries in torch.arange(t).split(max(1, SCORES // (b * h * s))):
+        yield Part(batch.some(ALL, queries)[..., :s].to(dtype), v, queries + s - t)
+
+
+def masked_outputs(mask: Mask, batch: SiteBatch) -> Tensor:
+    """(tokens, h, dv) of every token of the batch."""
+    found = [part.outputs(table(mask, part.at, part.p.shape[-1], batch.site.heads)) for part in parts(batch)]
+    return torch.cat(found, 2).transpose(1, 2).flatten(0, 1)
+
+
+def table(mask: Mask, at: Tensor, keys: int, heads: int) -> Tensor:
+    """(heads or 1, queries, keys) booleans at the positions `at` of the queries."""
+    q, k = at.numpy()[:, None], torch.arange(keys).numpy()[None]
+    return torch.stack([torch.from_numpy(mask.holds(q, k, i)) for i in range(heads if mask.per_head else 1)])
