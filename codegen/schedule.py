@@ -173,11 +173,12 @@ def _loads(table: Any, *index: Any) -> Any:
 
 def schedule(mask: Mask, over: Over) -> Schedule:
     """The loops of a mask over tiles of keys for a tile of queries, or over tiles of queries for a tile of keys."""
-    return _derived(mask.keep, over)
+    return derived(mask.keep, over)
 
 
 @lru_cache(maxsize=1024)
-def _derived(keep: Any, over: Over) -> Schedule:
+def derived(keep: Any, over: Over) -> Schedule:
+    """The loops of a predicate. They do not hang on what its tables hold."""
     if _from_data(keep, over):
         return Schedule((), (), True)
     found = clauses(keep)
