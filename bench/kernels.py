@@ -1,4 +1,4 @@
-"""Every generated kernel against float64 in Triton's interpreter, and compiled ahead of time: `python -m bench.kernels`.
+"""Every generated kernel against float64 in Triton's interpreter, and compiled: `python -m bench.kernels`.
 
 Neither needs a GPU. Results are kept by the kernels' text in out/kernels, so that a run that was stopped goes on where
 it was, and docs/kernels.md is written from them with `--write`. What a compiled kernel may use of the chip is part of
@@ -20,14 +20,18 @@ from typing import Any
 
 from bench.kernel_cases import Case, inputs, table
 from codegen.chip import HOPPER, Config
-from codegen.spec import KernelSpec
+from codegen.spec import KernelSpec, Phase
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "out" / "kernels"
 PAGE = ROOT / "docs" / "kernels.md"
 SMALL = {phase: Config(32, 16, 4, 1) for phase in ("forward", "dq", "dkdv")} | {"decode": Config(16, 16, 4, 1)}
 """Tiles in the interpreter: several of each in few tokens."""
-PHASES = {"prefill": ("forward",), "decode": ("decode", "combine"), "backward": ("delta", "dkdv", "dq")}
+PHASES: dict[str, tuple[Phase, ...]] = {
+    "prefill": ("forward",),
+    "decode": ("decode", "combine"),
+    "backward": ("delta", "dkdv", "dq"),
+}
 CHIPS = ("sm_90", "gfx942")
 LONG = 4096
 """Queries of a prefill for which tiles are chosen; the kernel serves every length."""
@@ -138,7 +142,8 @@ def compile_all(share: str, cases: Sequence[Case]) -> None:
     unique = list(dict.fromkeys(spec for case in cases for spec in specs(case)))
     keys = {spec: hashlib.sha256(source(spec).encode()).hexdigest()[:16] for spec in unique}
     work("compiled", share, (
-        (f"{keys[spec]}-{chip}", str(spec), lambda spec=spec, chip=chip: task(spec, chip)) for spec in unique for chip in CHIPS
+        (f"{keys[spec]}-{chip}", str(spec), lambda spec=spec, chip=chip: task(spec, chip))
+        for spec in unique for chip in CHIPS
     ))  # fmt: skip
 
 

@@ -17,7 +17,11 @@ def combine_source(spec: KernelSpec) -> str:
     """Merges the shares of each row's keys by their log-sum-exp; shares that read nothing count for nothing."""
     rows, parts = spec.tiles[0], range(len(chunks(spec.dv)))
     body = [f"row = tl.program_id(0).to(tl.int64) * {rows} + tl.arange(0, {rows})", "owned = row < rows"]
-    body += [*columns(spec.dv), f'm = tl.full([{rows}], float("-inf"), tl.float32)', f"l = tl.zeros([{rows}], tl.float32)"]
+    body += [
+        *columns(spec.dv),
+        f'm = tl.full([{rows}], float("-inf"), tl.float32)',
+        f"l = tl.zeros([{rows}], tl.float32)",
+    ]
     body += [f"out_{i} = tl.zeros([{rows}, {c.size}], tl.float32)" for i, c in enumerate(chunks(spec.dv))]
     step = ["part_row = row + tl.cast(i, tl.int64) * rows"]
     step += [f'lse = tl.load(PART_LSE + part_row, mask=owned, other=float("-inf")) * {LOG2E}']

@@ -19,7 +19,18 @@ def indent(lines: Iterable[str], by: int = 4) -> list[str]:
 def kernel(spec: KernelSpec, arguments: Sequence[Argument], body: Iterable[str], says: str) -> str:
     """The file: what it computes and the spec as header, then one function."""
     names = ", ".join(a.name for a in arguments)
-    head = [f'"""{says}', "", f"{spec}", '"""', "", "import triton", "import triton.language as tl", "", "", "@triton.jit"]
+    head = [
+        f'"""{says}',
+        "",
+        f"{spec}",
+        '"""',
+        "",
+        "import triton",
+        "import triton.language as tl",
+        "",
+        "",
+        "@triton.jit",
+    ]
     return "\n".join([*head, f"def {spec.name}({names}):", *indent(body), ""])
 
 
@@ -107,7 +118,7 @@ def scores(spec: KernelSpec, rows: str, keys: str, within: str | None) -> list[s
         lines += ["s = s * factor"]
     if spec.bias:
         mask = f", mask={within}, other=0.0" if within else ""
-        lines.append(f"s += tl.load(bias_rows{rows} + key_index{keys}.to(tl.int64) * bias_k{mask}).to(tl.float32) * {LOG2E}")
+        lines.append(f"s += tl.load(bias_rows{rows} + key_index{keys}{mask}).to(tl.float32) * {LOG2E}")
     if spec.alibi:
         slope = f"slope{rows}" if spec.packed else "slope"
         lines.append(f"s -= {slope} * (q - k)")
@@ -151,7 +162,10 @@ def query_rows(spec: KernelSpec) -> list[str]:
     rows, group = spec.tiles[0], spec.group
     lines = [f"first = at * {rows}", f"row = first + tl.arange(0, {rows})"]
     if spec.packed and group > 1:
-        lines += [f"q0 = first // {group} + offset", f"q1 = tl.minimum((first + {rows - 1}) // {group} + 1, T) + offset"]
+        lines += [
+            f"q0 = first // {group} + offset",
+            f"q1 = tl.minimum((first + {rows - 1}) // {group} + 1, T) + offset",
+        ]
         lines += [f"index = row // {group}  # a row is a query and a head of the group", f"head = h + row % {group}"]
     else:
         lines += ["q0 = first + offset", f"q1 = tl.minimum(first + {rows}, T) + offset", "index = row", "head = h"]
@@ -161,7 +175,9 @@ def query_rows(spec: KernelSpec) -> list[str]:
         lines.append(f"slope = tl.load(slopes + head).to(tl.float32) * {LOG2E}")
     lines.append("row_index = (b.to(tl.int64) * heads + head) * T_all + index")
     if spec.bias:
-        lines.append("bias_rows = bias + b.to(tl.int64) * bias_b + tl.cast(head, tl.int64) * bias_h + index.to(tl.int64) * bias_q")
+        lines.append(
+            "bias_rows = bias + b.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h + index.to(tl.int64) * bias_q"
+        )
     return lines
 
 
@@ -210,7 +226,7 @@ def modifier_arguments(spec: KernelSpec) -> list[Argument]:
     """Bias, slopes, lengths, the scale and the cap."""
     found: list[Argument] = []
     if spec.bias:
-        found += [Argument("bias", f"*{spec.dtype}", True), *strides("bias", "bhqk", 1)]
+        found += [Argument("bias", f"*{spec.dtype}", True), *strides("bias", "bhq", 1)]
     if spec.alibi:
         found.append(Argument("slopes", "*fp32", True))
     if spec.lengths:

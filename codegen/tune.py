@@ -87,7 +87,7 @@ def fastest(
     clock: Callable[[Callable[[], Any]], float],
     others: Mapping[str, Config],
 ) -> Config:
-    """Runs a computation with each candidate for the tiles of one phase; what does not compile or fit is passed over."""
+    """The best tiles of one phase by running a computation in each; what does not compile or fit is passed over."""
     times: dict[Config, float] = {}
     for config in candidates(spec, rows):
         configs = {**others, spec.phase: config}

@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +63,7 @@ COMPILED = (
 )
 
 
-def told(task: str, cases: tuple[Case, ...], **env: str) -> dict[str, dict[str, object]]:
+def told(task: str, cases: tuple[Case, ...], **env: str) -> dict[str, dict[str, Any]]:
     """What another process says of each case: `interpreted` or `compiled` of this file's `main`."""
     plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     names = [str(c) for c in cases]
@@ -79,7 +81,7 @@ def test_kernels_compute_attention(sample: str, tmp_path: Path):
     assert not wrong
 
 
-def test_what_compiled_kernels_take(tmp_path: Path, golden):
+def test_what_compiled_kernels_take(tmp_path: Path, golden: Callable[[str], None]):
     """Registers, spilled bytes and shared memory on sm_90, by the pinned compiler; wgmma and asynchronous copies."""
     found = told("compiled", COMPILED, REATTN_CACHE=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path))
     for title, kernel in found.items():
@@ -122,12 +124,12 @@ def test_what_is_wrong_is_said():
     assert page([], [fits], 999)[1] == [f"{title} needs 1,000 bytes of shared memory"]
 
 
-def _compiled(case: Case, chip: str) -> dict[str, dict[str, object]]:
+def _compiled(case: Case, chip: str) -> dict[str, dict[str, Any]]:
     from bench.kernels import specs
     from codegen.chip import shared
     from codegen.compiled import compiled, resources
 
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for spec in specs(case):
         used, ptx = resources(spec, chip), compiled(spec, chip).asm.get("ptx", "")
         found[str(spec)] = {
