@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
 
 
-def page(ran: Sequence[Row], made: Sequence[Row], limit: int) -> tuple[str, list[str]]:
-    """The page, and sentences about what is wrong. `limit`: bytes of shared memory that a block on sm_90 has."""
+def page(ran: Sequence[Row], made: Sequence[Row], limits: Mapping[str, int]) -> tuple[str, list[str]]:
+    """The page, and sentences about what is wrong. `limits`: bytes of shared memory of a block by chip."""
     wrong = [
         *(w for row in ran for w in _wrong_numbers(row)),
-        *(w for row in made for w in _wrong_resources(row, limit)),
+        *(w for row in made for w in _wrong_resources(row, limits[row["chip"]])),
     ]
     verdict = f"{len(wrong)} are wrong." if wrong else "nothing is wrong."
     text = [
@@ -34,8 +34,8 @@ def page(ran: Sequence[Row], made: Sequence[Row], limit: int) -> tuple[str, list
         "",
         "## Registers, bytes spilled and shared memory",
         "",
-        f"A block on sm_90 has {limit:,} bytes of shared memory. Registers and spilled bytes are a thread's, on gfx942",
-        "vector registers and how many of them are spilled.",
+        f"A block has {' and '.join(f'{n:,} bytes on {c}' for c, n in limits.items())} of shared memory.",
+        "Registers and spilled bytes are a thread's, on gfx942 vector registers and how many of them are spilled.",
         "",
         *_resources(made),
         "",
@@ -52,12 +52,10 @@ def _wrong_numbers(row: Row) -> list[str]:
 def _wrong_resources(row: Row, limit: int) -> list[str]:
     if "failed" in row:
         return [f"{row['title']} for {row['chip']}: {row['failed']}"]
-    if row["chip"] != "sm_90":
-        return []
     found: list[str] = []
     if row["shared"] > limit:
-        found.append(f"{row['title']} needs {row['shared']:,} bytes of shared memory")
-    if row["spilled"] and tame(row["title"]):
+        found.append(f"{row['title']} for {row['chip']} needs {row['shared']:,} bytes of shared memory")
+    if row["chip"] == "sm_90" and row["spilled"] and tame(row["title"]):
         found.append(f"{row['title']} spills {row['spilled']} bytes")
     return found
 

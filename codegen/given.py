@@ -1,4 +1,4 @@
-"""What a mask's own numbers are to a kernel: its tables on the device, and the lists of tiles that come from them."""
+"""What a call gives to kernels by argument: its tensors, the mask's tables, the lists of tiles that come from them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codegen.lists import Lists, Tiling, lists
 from codegen.loops import TABLE
+from codegen.options import Options
 from codegen.spec import KernelSpec
 from rewrite.mask import Mask
 
@@ -19,6 +20,32 @@ FAR = 2**30
 """Farther than any position, with room for sums in 32 bits."""
 KEPT = 32
 """Lists that are kept for another call: one for each kernel of some layers."""
+
+
+def tensor_values(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, Any]:
+    """Tensors, strides and numbers of one call by argument; a kernel takes those that it names."""
+    values: dict[str, Any] = {"Q": q, "K": k, "V": v, "scale": options.scale, "softcap": options.softcap}
+    values |= {**strides("q", "bht", q), **strides("k", "bhn", k), **strides("v", "bhn", v)}
+    values |= {"T_all": q.shape[2], "N_all": k.shape[2], "sinks": options.sinks, "slopes": options.slopes}
+    if options.bias is not None:
+        bias = _by_key(options.bias, k.shape[2]).expand(*q.shape[:3], k.shape[2])
+        values |= {"bias": bias, **strides("bias", "bhq", bias)}
+    if options.lengths is not None:
+        names = ("query_lengths", "key_lengths")
+        values |= {name: x.to(q.device, torch.int32) for name, x in zip(names, options.lengths, strict=True)}
+    return values
+
+
+def strides(letter: str, axes: str, tensor: Tensor) -> dict[str, int]:
+    """A tensor's strides by argument."""
+    return {f"{letter}_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
+
+
+def _by_key(bias: Tensor, keys: int) -> Tensor:
+    """A bias with a number for each key, beside each other; other axes stay broadcast."""
+    if bias.shape[-1] == keys and bias.stride(-1) == 1:
+        return bias
+    return bias.expand(*bias.shape[:-1], keys).contiguous()
 
 
 @lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ from codegen import chip
 from codegen.chip import Config
 from codegen.compiled import function
 from codegen.compiled import options as compile_options
-from codegen.given import list_values, table_values
+from codegen.given import list_values, strides, table_values, tensor_values
 from codegen.loops import pattern
 from codegen.options import Options
 from codegen.schedule import schedule
@@ -72,6 +72,10 @@ class Call:
         """Tiles come from lists."""
         return schedule(self.mask, "k").listed
 
+    def values(self) -> dict[str, Any]:
+        """Arguments of all its kernels by name."""
+        return tensor_values(self.q, self.k, self.v, self.options) | table_values(self.mask, self.q.device)
+
     def lists(self, spec: KernelSpec) -> dict[str, Any]:
         """The lists that a kernel of this spec reads, none where its tiles are closed forms."""
         return list_values(self.mask, spec, self.q, self.k, self.options.lengths) if self.listed else {}
@@ -111,8 +115,7 @@ class Call:
 @cache
 def placed(spec: KernelSpec, queries: int, config: Config | None) -> KernelSpec:
     """The spec in the tiles asked for, in those measured here, or in the default ones for so many rows of queries."""
-    rows, keys, warps, stages = config or tuned(spec, queries) or chip.default(spec, queries)
-    return spec.with_tiles((rows, keys), warps, stages)
+    return spec.with_config(config or tuned(spec, queries) or chip.default(spec, queries, _chip()))
 
 
 @cache
@@ -137,7 +140,7 @@ def forward(
     batch, heads, queries, _ = call.q.shape
     out = call.q.new_empty(batch, heads, queries, v.shape[-1])
     lse = call.q.new_empty(batch, heads, queries, dtype=torch.float32)
-    values = {**_values(call), "O": out, "LSE": lse}
+    values = {**call.values(), "O": out, "LSE": lse}
     shares = _shares(call)
     if shares > 1:
         _decode(call, values, shares)
@@ -175,6 +178,10 @@ def _shares(call: Call) -> int:
     return max(1, min(-(-call.k.shape[2] // spec.tiles[1]), 2 * processors // programs, MOST_SHARES))
 
 
+def _chip() -> chip.Chip:
+    return chip.INSTINCT if torch.version.hip else chip.HOPPER
+
+
 @cache
 def _processors(device: torch.device) -> int:
     """How many programs run at once; few in the interpreter, which runs one."""
@@ -201,7 +208,7 @@ def backward(
     found = {"q": q.new_empty(batch, heads, queries, dim), "k": k.new_empty(batch, kv_heads, keys, dim)}
     found["v"] = v.new_empty(batch, kv_heads, keys, dv)
     grad = _rows(grad)
-    values = {**_values(call), **_strides("g", "bht", grad), "O": out, "DO": grad, "LSE": lse, "LEVEL": level}
+    values = {**call.values(), **strides("g", "bht", grad), "O": out, "DO": grad, "LSE": lse, "LEVEL": level}
     values |= {"DELTA": delta, "DQ": found["q"], "DK": found["k"], "DV": found["v"]}
     spec = placed(KernelSpec("delta", call.dtype, dv, dv, lengths=options.lengths is not None), 1, None)
     run(spec, (-(-queries // spec.tiles[0]), heads, batch), values)
@@ -254,31 +261,6 @@ def refuse(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with the columns of a head beside each other."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _keyed(bias: Tensor, keys: int) -> Tensor:
-    """A bias with a number for each key, beside each other; other axes stay broadcast."""
-    return bias.expand(*bias.shape[:-1], keys).contiguous()
-
-
-def _strides(letter: str, axes: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{letter}_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
-
-
-def _values(call: Call) -> dict[str, Any]:
-    """Arguments by name; those that a spec does not name are not passed."""
-    q, k, v, o = call.q, call.k, call.v, call.options
-    values: dict[str, Any] = {"Q": q, "K": k, "V": v, "scale": o.scale, "softcap": o.softcap}
-    values |= {**_strides("q", "bht", q), **_strides("k", "bhn", k), **_strides("v", "bhn", v)}
-    values |= {"T_all": q.shape[2], "N_all": k.shape[2], "sinks": o.sinks, "slopes": o.slopes}
-    if o.bias is not None:
-        whole = o.bias if o.bias.shape[-1] == k.shape[2] and o.bias.stride(-1) == 1 else _keyed(o.bias, k.shape[2])
-        bias = whole.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        values |= {"bias": bias, **_strides("bias", "bhq", bias)}
-    if o.lengths is not None:
-        names = ("query_lengths", "key_lengths")
-        values |= {name: x.to(q.device, torch.int32) for name, x in zip(names, o.lengths, strict=True)}
-    return values | table_values(call.mask, q.device)
 
 
 def tune(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, gradients: bool = False) -> dict[str, Config]:

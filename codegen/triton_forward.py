@@ -7,7 +7,7 @@ may not read is -inf, and a row that has read nothing yet keeps m = -inf without
 from __future__ import annotations
 
 from codegen.loops import loops
-from codegen.spec import Argument, KernelSpec, chunks
+from codegen.spec import Argument, KernelSpec, chunks, number
 from codegen.triton_text import (
     HEAVY_FIRST,
     LENGTHS,
@@ -48,7 +48,7 @@ def forward_arguments(spec: KernelSpec) -> list[Argument]:
     found += [*mask_arguments(spec), *modifier_arguments(spec)]
     found += [*strides("q", "bht", spec.dqk), *strides("k", "bhn", spec.dqk)]
     found += [] if spec.latent else strides("v", "bhn", spec.dv)
-    return [*found, *LENGTHS, *([Argument("shares", "i32")] if split else [])]
+    return [*found, *LENGTHS, *([number("shares")] if split else [])]
 
 
 def forward_source(spec: KernelSpec) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from textwrap import fill
 
 from codegen.loops import Loop, Loops, loops, table_axes
-from codegen.spec import TRITON, Argument, Chunk, KernelSpec, chunks
+from codegen.spec import TRITON, Argument, Chunk, KernelSpec, chunks, number
 
 LOG2E = "1.4426950408889634"
 LN2 = "0.6931471805599453"
@@ -18,20 +19,11 @@ def indent(lines: Iterable[str], by: int = 4) -> list[str]:
 
 def kernel(spec: KernelSpec, arguments: Sequence[Argument], body: Iterable[str], says: str) -> str:
     """The file: what it computes and the spec as header, then one function."""
-    names = ", ".join(a.name for a in arguments)
-    head = [
-        f'"""{says}',
-        "",
-        f"{spec}",
-        '"""',
-        "",
-        "import triton",
-        "import triton.language as tl",
-        "",
-        "",
-        "@triton.jit",
-    ]
-    return "\n".join([*head, f"def {spec.name}({names}):", *indent(body), ""])
+    names = fill(", ".join(a.name for a in arguments), 100, break_long_words=False).splitlines()
+    vary = ", ".join(f'"{a.name}"' for a in arguments if a.varies)
+    head = [f'"""{says}', "", f"{spec}", '"""', "", "import triton", "import triton.language as tl", "", ""]
+    head += [f"@triton.jit(do_not_specialize=[{vary}])", f"def {spec.name}(", *indent(names), "):"]
+    return "\n".join([*head, *indent(body), ""])
 
 
 def columns(*dims: int) -> list[str]:
@@ -219,7 +211,7 @@ def mask_arguments(spec: KernelSpec) -> list[Argument]:
     for table, axes in table_axes(spec.mask).items():
         names.append(table)
         numbers += [f"{table}_n{axis}" for axis in range(axes)]
-    return [*(Argument(name, "*i32", True) for name in names), *(Argument(name, "i32") for name in numbers)]
+    return [*(Argument(name, "*i32", True) for name in names), *(number(name) for name in numbers)]
 
 
 def modifier_arguments(spec: KernelSpec) -> list[Argument]:
@@ -243,4 +235,4 @@ def strides(letter: str, axes: str, dim: int) -> list[Argument]:
 
 
 HEAVY_FIRST = "at = tl.num_programs(0) - 1 - tl.program_id(0)  # of causal queries, the last read most"
-LENGTHS = (Argument("T_all", "i32"), Argument("N_all", "i32"))
+LENGTHS = (number("T_all"), number("N_all"))
