@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from bench.gpu_cases import Shape, dense_shapes, flex, sdpa, sparse_masks, strea
 from bench.gpu_page import page
 from bench.kernel_cases import Case, inputs, table
 from codegen.options import Options
+from rewrite import mask as masks
 from rewrite.mask import Mask, causal
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +32,7 @@ PARTS = ("correct", "ceiling", "dense", "sparse", "decode", "build")
 Row = dict[str, Any]
 SPARSE = Shape(16, 4, 128, 32_768)
 CONTEXTS = (8192, 32_768, 131_072)
+BUILT = (32_768, 131_072)
 
 
 @dataclass
@@ -68,7 +69,8 @@ def milliseconds(run: Callable[[], Any], rep: int = 60) -> float:
     """Median time of a call on the GPU."""
     from triton.testing import do_bench
 
-    return float(do_bench(run, warmup=20, rep=rep, return_mode="median"))
+    found: Any = do_bench(run, warmup=20, rep=rep, return_mode="median")
+    return float(found)
 
 
 def correct(case: Case) -> Row:
@@ -137,7 +139,7 @@ def dense(shape: Shape) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 def density(mask: Mask, tokens: int) -> float:
     """Pairs read over all pairs."""
-    return float(Fraction(mask.density(tokens, tokens)))
+    return float(mask.density(tokens, tokens))
 
 
 def sparse(shape: Shape, mask: Mask) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -164,39 +166,43 @@ def decode(context: int) -> Row:
 
 def build(tokens: int) -> Row:
     """Milliseconds to have a mask's loops: our schedule from nothing, FlexAttention's block mask."""
-    from codegen import loops
     from codegen.schedule import schedule
 
-    mask = sparse_masks(tokens)["sink(64)|window(1664)" if tokens == 32_768 else next(iter(sparse_masks(tokens)))]
+    mask = causal & (masks.sink(64) | masks.window(1024))
     begin = time.perf_counter()
     schedule(mask, "k")
     mine = 1e3 * (time.perf_counter() - begin)
-    loops.loops.cache_clear()
     shape = Shape(1, 1, 64, tokens)
     make = flex(shape, mask)[1]
     return {"ours": mine, "flex": milliseconds(make), "tokens": tokens}
 
 
-def measure(book: Notebook, parts: Sequence[str], longest: int, count: int) -> None:
-    """All rows of the parts, correctness first."""
-    if "correct" in parts:
+def tasks(parts: Sequence[str], longest: int, count: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(key, measurement) of the parts, correctness first."""
+    for part in PARTS:
+        if part in parts:
+            for key, task in _part(part, longest, count):
+                yield f"{part} {key}".strip(), task
+
+
+def _part(part: str, longest: int, count: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    if part == "correct":
         cases = table()
         for case in cases[:: max(1, len(cases) // count)]:
-            book.measure(f"correct {case}", lambda case=case: correct(case))
-    if "ceiling" in parts:
-        book.measure("ceiling", ceiling)
-    if "dense" in parts:
+            yield str(case), lambda case=case: correct(case)
+    elif part == "ceiling":
+        yield "", ceiling
+    elif part == "dense":
         for shape in dense_shapes(longest):
-            for who, task in dense(shape):
-                book.measure(f"dense {shape} {who}", task)
-    if "sparse" in parts:
-        named = sparse_masks(SPARSE.tokens) | {"half streaming heads": streaming_heads(SPARSE)}
+            yield from ((f"{shape} {who}", task) for who, task in dense(shape))
+    elif part == "sparse":
+        named = sparse_masks(SPARSE.tokens) | {"half of the heads streaming": streaming_heads(SPARSE)}
         for name, mask in {"causal": causal, **named}.items():
-            for who, task in sparse(SPARSE, mask):
-                book.measure(f"sparse {name} {who}", task)
-    for part, sizes, task in (("decode", CONTEXTS, decode), ("build", (32_768, 131_072), build)):
-        for size in sizes if part in parts else ():
-            book.measure(f"{part} {size}", lambda size=size, task=task: task(size))
+            yield from ((f"{name} {who}", task) for who, task in sparse(SPARSE, mask))
+    else:
+        sizes, task = (CONTEXTS, decode) if part == "decode" else (BUILT, build)
+        for size in sizes:
+            yield str(size), lambda size=size: task(size)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -226,7 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if told.fresh:
         path.unlink(missing_ok=True)
     book = Notebook(path, time.monotonic() + 60 * told.minutes)
-    measure(book, parts, told.longest, told.cases)
+    for key, task in tasks(parts, told.longest, told.cases):
+        book.measure(key, task)
     text, wrong = page(list(book.rows.values()), gpu)
     RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / f"{datetime.date.today()}-{gpu}.md"

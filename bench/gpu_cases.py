@@ -48,9 +48,7 @@ class Shape:
 def dense_shapes(longest: int) -> list[Shape]:
     """4k to `longest` tokens; MHA and GQA; heads of 64 and 128, their columns 2048 in all."""
     lengths = [n for n in (4096, 8192, 16_384, 32_768, 65_536) if n <= longest]
-    return [
-        Shape(2048 // dim, 2048 // dim // group, dim, n) for dim in (64, 128) for group in (1, 4) for n in lengths
-    ]
+    return [Shape(2048 // dim, 2048 // dim // group, dim, n) for dim in (64, 128) for group in (1, 4) for n in lengths]
 
 
 def sparse_masks(tokens: int) -> dict[str, Mask]:

@@ -24,7 +24,10 @@ def page(rows: Sequence[Row], gpu: str) -> tuple[str, list[str]]:
     text = [f"# Generated kernels on {gpu}", "", *_correct(by_part.get("correct", []), wrong), ""]
     for row in by_part.get("ceiling", []):
         if "matmul" in row:
-            text += [f"This GPU: {row['matmul']:.0f} TFLOP/s of bf16 products (8192^3), {row['copy']:.2f} TB/s of copies.", ""]
+            text += [
+                f"This GPU: {row['matmul']:.0f} TFLOP/s of bf16 products (8192^3), {row['copy']:.2f} TB/s of copies.",
+                "",
+            ]
     for backward in (False, True):
         text += _dense(by_part.get("dense", []), top, backward)
     text += _sparse(by_part.get("sparse", []))
@@ -73,7 +76,10 @@ def _dense(rows: Sequence[Row], top: float | None, backward: bool) -> list[str]:
     way = "backward" if backward else "forward"
     people = ("ours", "flash", "cudnn", "flex")
     lines = [f"## Dense causal, {way}: TFLOP/s", ""]
-    lines += ["| shape | ours | flash | cuDNN | FlexAttention | of cuDNN | of FlexAttention | of products |", "|---|" + "---|" * 7]
+    lines += [
+        "| shape | ours | flash | cuDNN | FlexAttention | of cuDNN | of FlexAttention | of products |",
+        "|---|" + "---|" * 7,
+    ]
     met = [0, 0, 0]
     for what, by in _grouped(rows).items():
         work = _shape(what).flops(0.5, backward) / 1e9
@@ -97,8 +103,14 @@ def _sparse(rows: Sequence[Row]) -> list[str]:
     if not base or "failed" in base:
         return []
     lines = ["## Sparse masks: milliseconds", ""]
-    lines += ["`of ideal` is our time over (pairs read / causal's pairs) x our dense causal time; 1 is all that skipping can give.", ""]
-    lines += ["| mask | of causal's pairs | forward | of ideal | FlexAttention | backward | of ideal | FlexAttention |", "|---|" + "---|" * 7]
+    lines += [
+        "`of ideal`: our time over (pairs read / causal's pairs) x our dense time; 1 is all that skipping gives.",
+        "",
+    ]
+    lines += [
+        "| mask | of causal's pairs | forward | of ideal | FlexAttention | backward | of ideal | FlexAttention |",
+        "|---|" + "---|" * 7,
+    ]
     late = 0
     for name, by in found.items():
         mine, theirs = by.get("ours", {}), by.get("flex", {})
@@ -130,6 +142,11 @@ def _decode(rows: Sequence[Row]) -> list[str]:
 def _build(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
-    lines = ["## To have a mask's loops: milliseconds", "", "| tokens | our schedule | create_block_mask, compiled |", "|---|---|---|"]
+    lines = [
+        "## To have a mask's loops: milliseconds",
+        "",
+        "| tokens | our schedule | create_block_mask, compiled |",
+        "|---|---|---|",
+    ]
     lines += [f"| {r['tokens']} | {r['ours']:.3f} | {r['flex']:.3f} |" for r in rows if "ours" in r]
     return [*lines, ""]

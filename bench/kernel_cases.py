@@ -20,12 +20,12 @@ from rewrite.mask import Mask
 
 DTYPES: dict[DType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MODIFIERS = ("softcap", "alibi", "bias", "row-bias", "sinks")
-"""bias: one for all rows of the batch and heads; row-bias: one number a key and batch row, with -inf among them."""
+"""bias: a number a head, query and key; row-bias: a number a key and batch row, with -inf among them."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: `heads` query and kv heads, `sizes` batch, queries, keys; `latent` values are the keys' columns."""
+    """One attention: `heads` of queries and keys, `sizes` batch, queries, keys; `latent`: values are keys' columns."""
 
     phase: str
     dtype: DType
@@ -121,7 +121,9 @@ def _block_list(case: Case) -> Mask:
     """A list of blocks of 16 x 16, a third of them, and the diagonal for most rows."""
     random = Random(case.seed)
     rows, columns = (-(-n // 16) for n in case.sizes[1:])
-    table = torch.tensor([[[random.random() < 0.4 for _ in range(columns)] for _ in range(rows)] for _ in range(case.heads[0])])
+    table = torch.tensor(
+        [[[random.random() < 0.4 for _ in range(columns)] for _ in range(rows)] for _ in range(case.heads[0])]
+    )
     return masks.blocks(table.numpy(), 16)
 
 
@@ -174,15 +176,15 @@ def _draw(phase: str, mask: str, random: Random) -> Case:
     sizes, heads = _sizes(phase, random), random.choice(HEADS)
     if mask == "grid":
         sizes = (sizes[0], sizes[1], 99)
-    return Case(
-        phase, dtype, random.choice(DIMS), heads, sizes, mask, tuple(sorted(modifiers)), random.random() < 0.35
-    )
+    return Case(phase, dtype, random.choice(DIMS), heads, sizes, mask, tuple(sorted(modifiers)), random.random() < 0.35)
 
 
 def table() -> list[Case]:
-    """Every case: each phase with each mask four times, all else drawn; then plain ones of all head dims, and latent."""
+    """Every case: each phase with each mask four times, all else drawn; then plain ones of all dims, and latent."""
     random = Random(0)
-    found = [_draw(phase, mask, random) for mask in MASKS for phase in ("prefill", "decode", "backward") for _ in range(4)]
+    found = [
+        _draw(phase, mask, random) for mask in MASKS for phase in ("prefill", "decode", "backward") for _ in range(4)
+    ]
     for phase in ("prefill", "backward"):
         found += [Case(phase, "fp16", dims, (4, 2), (1, 40, 56), "causal") for dims in DIMS]
     latent = Case("decode", "fp16", (576, 512), (8, 1), (2, 1, 70), "causal", latent=True)

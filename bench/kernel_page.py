@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
 
 
-def page(ran: Sequence[Row], made: Sequence[Row], limit: int) -> tuple[str, list[str]]:
-    """The page, and sentences about what is wrong. `limit`: bytes of shared memory that a block on sm_90 has."""
-    wrong = [*(w for row in ran for w in _wrong_numbers(row)), *(w for row in made for w in _wrong_resources(row, limit))]
+def page(ran: Sequence[Row], made: Sequence[Row], limits: Mapping[str, int]) -> tuple[str, list[str]]:
+    """The page, and sentences about what is wrong. `limits`: bytes of shared memory of a block by chip."""
+    wrong = [
+        *(w for row in ran for w in _wrong_numbers(row)),
+        *(w for row in made for w in _wrong_resources(row, limits[row["chip"]])),
+    ]
+    verdict = f"{len(wrong)} are wrong." if wrong else "nothing is wrong."
     text = [
         "# Generated kernels, checked without a GPU",
         "",
@@ -20,7 +24,7 @@ def page(ran: Sequence[Row], made: Sequence[Row], limit: int) -> tuple[str, list
         "part of what rounding in the kernel's types may do to that number; 1 is the limit. Every kernel of a case, in",
         "the tiles that it has by default, is compiled for sm_90 and gfx942.",
         "",
-        f"{len(ran)} cases and {len(made)} compiled kernels: {'nothing is wrong.' if not wrong else f'{len(wrong)} are wrong.'}",
+        f"{len(ran)} cases and {len(made)} compiled kernels: {verdict}",
         "",
         *(f"- {sentence}" for sentence in wrong),
         *([""] if wrong else []),
@@ -30,8 +34,8 @@ def page(ran: Sequence[Row], made: Sequence[Row], limit: int) -> tuple[str, list
         "",
         "## Registers, bytes spilled and shared memory",
         "",
-        f"A block on sm_90 has {limit:,} bytes of shared memory. Registers and spilled bytes are of one thread, on gfx942",
-        "vector registers and how many of them are spilled.",
+        f"A block has {' and '.join(f'{n:,} bytes on {c}' for c, n in limits.items())} of shared memory.",
+        "Registers and spilled bytes are a thread's, on gfx942 vector registers and how many of them are spilled.",
         "",
         *_resources(made),
         "",
@@ -48,12 +52,10 @@ def _wrong_numbers(row: Row) -> list[str]:
 def _wrong_resources(row: Row, limit: int) -> list[str]:
     if "failed" in row:
         return [f"{row['title']} for {row['chip']}: {row['failed']}"]
-    if row["chip"] != "sm_90":
-        return []
     found: list[str] = []
     if row["shared"] > limit:
-        found.append(f"{row['title']} needs {row['shared']:,} bytes of shared memory")
-    if row["spilled"] and tame(row["title"]):
+        found.append(f"{row['title']} for {row['chip']} needs {row['shared']:,} bytes of shared memory")
+    if row["chip"] == "sm_90" and row["spilled"] and tame(row["title"]):
         found.append(f"{row['title']} spills {row['spilled']} bytes")
     return found
 
@@ -88,6 +90,9 @@ def _resources(made: Sequence[Row]) -> list[str]:
     lines.append("|---|" + "---|---|" * len(chips))
     for title in sorted(kernels):
         rows = [kernels[title].get(chip) for chip in chips]
-        cells = [" | " if r is None or "failed" in r else f"{r['registers']} / {r['spilled']} | {r['shared']:,}" for r in rows]
+        cells = [
+            " | " if r is None or "failed" in r else f"{r['registers']} / {r['spilled']} | {r['shared']:,}"
+            for r in rows
+        ]
         lines.append(f"| {title.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
     return lines

@@ -31,7 +31,7 @@ class Expected:
     bound: Tensor
 
     def excess(self, found: Tensor) -> float:
-        """The largest error over its bound: up to 1 is rounding; inf where a number is missing or should be infinite."""
+        """The largest error over its bound, of which 1 is rounding; inf where a number is missing or not finite."""
         got = found.detach().double().cpu()
         finite = torch.isfinite(self.value)
         if not torch.equal(got[~finite], self.value[~finite]) or not bool(torch.isfinite(got[finite]).all()):
@@ -42,7 +42,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class _Soft:
-    """The softmax of a case in float64, all (b, h, t, s): weights, what their relative error may be; v per query head."""
+    """The softmax of a case in float64, (b, h, t, s): weights, their relative error; keys and values by query head."""
 
     q: Tensor
     k: Tensor
@@ -63,7 +63,11 @@ def expected(x: Inputs, backward: bool, truncated: bool = False) -> dict[str, Ex
     u = 2 * u if truncated and x.q.dtype == torch.bfloat16 else u
     soft = _softmax(x)
     o = soft.p @ soft.v
-    rough = 2 * ((soft.p * (u + soft.error)) @ soft.v.abs() + tiny * soft.v.abs().sum(-2, keepdim=True)) + u * o.abs() + tiny
+    rough = (
+        2 * ((soft.p * (u + soft.error)) @ soft.v.abs() + tiny * soft.v.abs().sum(-2, keepdim=True))
+        + u * o.abs()
+        + tiny
+    )
     found = {"o": Expected(o, rough), "lse": Expected(soft.lse, soft.lse_error)}
     return found | (_gradients(x, soft, o, rough, u) if backward else {})
 
@@ -89,14 +93,20 @@ def _softmax(x: Inputs) -> _Soft:
     logits = logits.masked_fill(~keep, -torch.inf)
     real = torch.tensor([t for t, _ in spans])[:, None] > torch.arange(q.shape[2])
     if exact.sinks is not None:
-        column = exact.sinks[:, None, None].expand(*logits.shape[:3], 1).masked_fill(~real[:, None, :, None], -torch.inf)
+        column = (
+            exact.sinks[:, None, None].expand(*logits.shape[:3], 1).masked_fill(~real[:, None, :, None], -torch.inf)
+        )
         lse = torch.logsumexp(torch.cat([logits, column], -1), -1)
     else:
         lse = torch.logsumexp(logits, -1)
     level = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
     p = torch.exp(logits - level)
     lse_error = 2 * ((p * slip).sum(-1) + SUMS * EXACT * (1 + level[..., 0].abs()))
-    error = slip + lse_error[..., None] + SUMS * EXACT * (1 + (logits - level).masked_fill(~keep, 0).nan_to_num(0, 0, 0).abs())
+    error = (
+        slip
+        + lse_error[..., None]
+        + SUMS * EXACT * (1 + (logits - level).masked_fill(~keep, 0).nan_to_num(0, 0, 0).abs())
+    )
     return _Soft(q, k, v, p, lse, error, lse_error, bent)
 
 
@@ -106,7 +116,14 @@ def _exact_options(options: Options) -> Options:
     def exact(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().double().cpu()
 
-    return Options(options.scale, options.softcap, exact(options.bias), exact(options.slopes), exact(options.sinks), options.lengths)
+    return Options(
+        options.scale,
+        options.softcap,
+        exact(options.bias),
+        exact(options.slopes),
+        exact(options.sinks),
+        options.lengths,
+    )
 
 
 def _gradients(x: Inputs, soft: _Soft, o: Tensor, rough: Tensor, u: float) -> dict[str, Expected]:
@@ -132,7 +149,9 @@ def _gradients(x: Inputs, soft: _Soft, o: Tensor, rough: Tensor, u: float) -> di
         value = ds.sum_to_size(bias.shape)
         found["bias"] = Expected(value, 2 * ds_error.sum_to_size(bias.shape) + u * value.abs() + 1e-12)
     if sinks is not None:
-        share = torch.exp(sinks.detach().double().cpu()[:, None] - soft.lse.masked_fill(soft.lse == -torch.inf, torch.inf))[..., None]
+        share = torch.exp(
+            sinks.detach().double().cpu()[:, None] - soft.lse.masked_fill(soft.lse == -torch.inf, torch.inf)
+        )[..., None]
         value = -(share * delta).sum((0, 2, 3))
         slip = share * (delta_error + delta.abs() * (soft.lse_error[..., None] + SUMS * EXACT))
         found["sinks"] = Expected(value, 2 * slip.sum((0, 2, 3)) + 1e-9)

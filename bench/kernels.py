@@ -1,4 +1,4 @@
-"""Every generated kernel against float64 in Triton's interpreter, and compiled ahead of time: `python -m bench.kernels`.
+"""Every generated kernel against float64 in Triton's interpreter, and compiled: `python -m bench.kernels`.
 
 Neither needs a GPU. Results are kept by the kernels' text in out/kernels, so that a run that was stopped goes on where
 it was, and docs/kernels.md is written from them with `--write`. What a compiled kernel may use of the chip is part of
@@ -19,25 +19,29 @@ from pathlib import Path
 from typing import Any
 
 from bench.kernel_cases import Case, inputs, table
-from codegen.chip import HOPPER, Config
-from codegen.spec import KernelSpec
+from codegen.chip import HOPPER, INSTINCT, Chip, Config, default
+from codegen.spec import KernelSpec, Phase
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "out" / "kernels"
 PAGE = ROOT / "docs" / "kernels.md"
 SMALL = {phase: Config(32, 16, 4, 1) for phase in ("forward", "dq", "dkdv")} | {"decode": Config(16, 16, 4, 1)}
 """Tiles in the interpreter: several of each in few tokens."""
-PHASES = {"prefill": ("forward",), "decode": ("decode", "combine"), "backward": ("delta", "dkdv", "dq")}
-CHIPS = ("sm_90", "gfx942")
+PHASES: dict[str, tuple[Phase, ...]] = {
+    "prefill": ("forward",),
+    "decode": ("decode", "combine"),
+    "backward": ("delta", "dkdv", "dq"),
+}
+CHIPS = (HOPPER, INSTINCT)
 LONG = 4096
 """Queries of a prefill for which tiles are chosen; the kernel serves every length."""
 
 
-def specs(case: Case) -> list[KernelSpec]:
-    """The kernels of a case in the default tiles, as they run on a GPU."""
+def specs(case: Case, on: Chip = HOPPER) -> list[KernelSpec]:
+    """The kernels of a case in the default tiles of a chip, as they run there."""
     import torch
 
-    from codegen.launch import Call, placed
+    from codegen.launch import Call
 
     x = inputs(case)
     queries = case.sizes[1] if case.phase == "decode" else LONG
@@ -48,12 +52,13 @@ def specs(case: Case) -> list[KernelSpec]:
     for phase in PHASES[case.phase]:
         if phase in ("combine", "delta"):
             more = case.lengths and phase == "delta"
-            found.append(placed(KernelSpec(phase, case.dtype, case.dims[1], case.dims[1], lengths=more), 1, None))
+            found.append(KernelSpec(phase, case.dtype, case.dims[1], case.dims[1], lengths=more))
         elif phase in ("forward", "decode"):
             found.append(call.spec(phase, latent=case.latent))
         else:
             found.append(call.spec(phase, dbias=phase == "dq" and "bias" in case.modifiers))
-    return found
+    rows = [call.rows(spec.packed) for spec in found]
+    return [spec.with_config(default(spec, n, on)) for spec, n in zip(found, rows, strict=True)]
 
 
 def interpreted(case: Case) -> dict[str, float]:
@@ -126,20 +131,24 @@ def interpret(share: str, cases: Sequence[Case]) -> None:
 def compile_all(share: str, cases: Sequence[Case]) -> None:
     """One worker over the kernels of cases, for each chip."""
     from codegen.compiled import resources
+
+    def task(spec: KernelSpec, chip: Chip) -> dict[str, Any]:
+        try:
+            used = resources(spec, chip.name)
+        except Exception as error:  # likewise
+            return {"chip": chip.name, "failed": f"{type(error).__name__}: {error}"[:400]}
+        return {"chip": chip.name, "registers": used.registers, "spilled": used.spilled, "shared": used.shared}
+
+    todo = [(key, str(spec), lambda spec=spec, chip=chip: task(spec, chip)) for key, spec, chip in kernels(cases)]
+    work("compiled", share, todo)
+
+
+def kernels(cases: Sequence[Case]) -> list[tuple[str, KernelSpec, Chip]]:
+    """Every kernel of cases once for each chip, with a key that hangs on its text."""
     from codegen.triton import source
 
-    def task(spec: KernelSpec, chip: str) -> dict[str, Any]:
-        try:
-            used = resources(spec, chip)
-        except Exception as error:  # likewise
-            return {"chip": chip, "failed": f"{type(error).__name__}: {error}"[:400]}
-        return {"chip": chip, "registers": used.registers, "spilled": used.spilled, "shared": used.shared}
-
-    unique = list(dict.fromkeys(spec for case in cases for spec in specs(case)))
-    keys = {spec: hashlib.sha256(source(spec).encode()).hexdigest()[:16] for spec in unique}
-    work("compiled", share, (
-        (f"{keys[spec]}-{chip}", str(spec), lambda spec=spec, chip=chip: task(spec, chip)) for spec in unique for chip in CHIPS
-    ))  # fmt: skip
+    unique = dict.fromkeys((spec, chip) for chip in CHIPS for case in cases for spec in specs(case, chip))
+    return [(f"{hashlib.sha256(source(s).encode()).hexdigest()[:16]}-{c.name}", s, c) for s, c in unique]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,11 +189,8 @@ def _page(cases: Sequence[Case], write: bool) -> int:
     ran, built = kept("interpreted"), kept("compiled")
     keys = {digest(c) for c in cases}
     rows = [row for key, row in ran.items() if key in keys]
-    from codegen.triton import source
-
-    names = {hashlib.sha256(source(s).encode()).hexdigest()[:16] for c in cases for s in specs(c)}
-    made = [row for key, row in built.items() if key.rpartition("-")[0] in names]
-    text, wrong = page(rows, made, HOPPER.shared)
+    made = [built[key] for key, _, _ in kernels(cases) if key in built]
+    text, wrong = page(rows, made, {c.name: c.shared for c in CHIPS})
     if write:
         PAGE.write_text(text, encoding="utf-8")
     print(text if wrong or not write else f"wrote {PAGE}")

@@ -34,12 +34,24 @@ class Chip:
 HOPPER = Chip("sm_90", 232_448, 255, 132)
 INSTINCT = Chip("gfx942", 65_536, 512, 304)
 
-_FORWARD = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 192: (128, 64, 8, 2), 256: (128, 64, 8, 2), 1024: (64, 32, 8, 2)}
+_FORWARD = {
+    64: (128, 128, 8, 3),
+    128: (128, 64, 8, 3),
+    192: (128, 64, 8, 2),
+    256: (128, 64, 8, 2),
+    1024: (64, 32, 8, 2),
+}
 _FEW = {64: (64, 128, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2), 1024: (64, 32, 8, 2)}
 _DECODE = {64: (16, 128, 4, 3), 128: (16, 128, 4, 2), 256: (16, 64, 4, 2), 1024: (16, 64, 8, 2)}
 _DKDV = {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 192: (32, 64, 8, 2), 256: (32, 32, 8, 2), 1024: (16, 16, 8, 1)}
 _DQ = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2), 1024: (16, 16, 8, 1)}
 _TABLES = {"dkdv": _DKDV, "dq": _DQ}
+_BIASED = {"dkdv": (32, 64, 8, 2), "dq": (64, 32, 8, 2)}
+_INSTINCT = {
+    "forward": {128: (128, 32, 4, 1), 256: (64, 32, 4, 1), 1024: (16, 16, 4, 1)},
+    "dkdv": {128: (32, 64, 4, 1), 256: (16, 32, 4, 1), 1024: (16, 16, 4, 1)},
+    "dq": {128: (64, 32, 4, 1), 256: (32, 16, 4, 1), 1024: (16, 16, 4, 1)},
+}
 FEW_ROWS = 64
 """Up to so many rows (queries x heads of a group) a query tile is cut to what there is."""
 
@@ -49,17 +61,40 @@ def width(spec: KernelSpec) -> int:
     return max(sum(c.size for c in chunks(dim)) for dim in (spec.dqk, spec.dv))
 
 
-def default(spec: KernelSpec, rows: int) -> Config:
-    """Tiles, warps and stages to begin with, for `rows` rows of queries: chosen for 16 bits on sm_90, smaller for 32."""
+def default(spec: KernelSpec, rows: int, on: Chip = HOPPER) -> Config:
+    """Tiles, warps and stages to begin with for `rows` rows of queries, smaller for 32 bits than for 16."""
     if spec.phase in ("combine", "delta"):
         return Config(16 if spec.phase == "combine" else 64, 16, 4, 1)
+    if on is INSTINCT:
+        return _instinct(spec, rows)
     table = _TABLES.get(spec.phase) or (_FORWARD if rows > FEW_ROWS else _FEW if rows > 32 else _DECODE)
     config = Config(*table[min(size for size in table if size >= width(spec))])
+    if spec.bias:
+        config = _biased(spec, config)
+    elif spec.modified and spec.phase == "dq" and width(spec) <= 128:
+        config = config._replace(keys=32)
     if spec.phase in ("forward", "decode") and rows <= 32:
         config = config._replace(rows=16 if rows <= 16 else 32, keys=config.keys if rows <= 16 else config.keys // 2)
     if spec.dtype == "fp32":
         config = config._replace(rows=max(16, config.rows // 2), keys=max(16, config.keys // 2), stages=1)
     return config
+
+
+def _instinct(spec: KernelSpec, rows: int) -> Config:
+    table = _INSTINCT[spec.phase if spec.phase in ("dkdv", "dq") else "forward"]
+    config = Config(*table[min(size for size in table if size >= width(spec))])
+    if spec.phase in ("forward", "decode") and rows <= FEW_ROWS:
+        config = config._replace(rows=max(16, min(config.rows, 1 << max(0, rows - 1).bit_length())))
+    half = 2 if spec.dtype == "fp32" or spec.bias else 1
+    return config._replace(rows=max(16, config.rows // half), keys=max(16, config.keys // half))
+
+
+def _biased(spec: KernelSpec, config: Config) -> Config:
+    """A bias is read pair by pair, by addresses that fill registers: smaller tiles."""
+    if spec.phase in _BIASED:
+        small = Config(*_BIASED[spec.phase])
+        return small._replace(rows=min(small.rows, config.rows), keys=min(small.keys, config.keys))
+    return config._replace(rows=min(config.rows, 64 if width(spec) > 64 else 128), keys=min(config.keys, 32))
 
 
 def shared(spec: KernelSpec) -> int:
@@ -78,6 +113,7 @@ def shared(spec: KernelSpec) -> int:
     resident = stays * (key_bytes + (value_bytes if spec.phase in ("dq", "dkdv") else 0))
     extra = (spec.stages - 1) * rows * 8 if spec.phase == "dkdv" else 0
     extra += rows * keys * spec.bytes if stays < 64 else 0
+    extra += rows * keys * spec.bytes * max(1, spec.stages - 1) if spec.bias else 0
     return resident + ahead * moves * (key_bytes + value_bytes) + extra
 
 

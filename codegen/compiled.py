@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -9,7 +10,6 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def written(spec: KernelSpec) -> Path:
     return path
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def function(spec: KernelSpec) -> Any:
     """The kernel itself: what `triton.jit` made of the file, or its interpreter under TRITON_INTERPRET=1."""
     path = written(spec)
@@ -85,7 +85,9 @@ def resources(spec: KernelSpec, chip: str = "sm_90") -> Resources:
     made = compiled(spec, chip)
     if chip.startswith("gfx"):
         text = made.asm["amdgcn"]
-        return Resources(_number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text), made.metadata.shared)
+        return Resources(
+            _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text), made.metadata.shared
+        )
     usage = _cuobjdump(made.asm["cubin"])
     return Resources(_number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), made.metadata.shared)
 

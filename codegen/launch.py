@@ -8,18 +8,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from codegen import chip
 from codegen.chip import Config
-from codegen.compiled import function, options as compile_options
-from codegen.loops import TABLE, pattern
+from codegen.compiled import function
+from codegen.compiled import options as compile_options
+from codegen.given import list_values, strides, table_values, tensor_values
+from codegen.loops import pattern
 from codegen.options import Options
+from codegen.schedule import schedule
 from codegen.spec import DType, KernelSpec, Phase
 from codegen.triton import arguments
 from codegen.tune import bucket, fastest, store, tuned
@@ -33,8 +35,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-FAR = 2**30
-"""Farther than any position, with room for sums in 32 bits."""
 MOST_SHARES = 128
 """Of one query tile's keys: merging them reads them all again."""
 
@@ -67,10 +67,24 @@ class Call:
         same = k.data_ptr() == v.data_ptr() != 0 and k.stride() == v.stride()
         return same and k.shape[:-1] == v.shape[:-1] and v.shape[-1] <= k.shape[-1]
 
+    @property
+    def listed(self) -> bool:
+        """Tiles come from lists."""
+        return schedule(self.mask, "k").listed
+
+    def values(self) -> dict[str, Any]:
+        """Arguments of all its kernels by name."""
+        return tensor_values(self.q, self.k, self.v, self.options) | table_values(self.mask, self.q.device)
+
+    def lists(self, spec: KernelSpec) -> dict[str, Any]:
+        """The lists that a kernel of this spec reads, none where its tiles are closed forms."""
+        return list_values(self.mask, spec, self.q, self.k, self.options.lengths) if self.listed else {}
+
     def spec(self, phase: Phase, **more: Any) -> KernelSpec:
         """The spec of one of the kernels, with its tiles."""
         o, dtype = self.options, self.dtype
-        packed = phase != "dkdv" and self.group > 1 and not self.mask.per_head
+        packed = phase != "dkdv" and self.group > 1 and not self.mask.per_head and o.bias is None
+        packed = packed and (not self.listed or self.group in (2, 4, 8, 16))
         plain = KernelSpec(
             phase,
             dtype,
@@ -98,14 +112,13 @@ class Call:
         return -(-self.rows(spec.packed) // spec.tiles[0]), heads, self.q.shape[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def placed(spec: KernelSpec, queries: int, config: Config | None) -> KernelSpec:
     """The spec in the tiles asked for, in those measured here, or in the default ones for so many rows of queries."""
-    rows, keys, warps, stages = config or tuned(spec, queries) or chip.default(spec, queries)
-    return spec.with_tiles((rows, keys), warps, stages)
+    return spec.with_config(config or tuned(spec, queries) or chip.default(spec, queries, _chip()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names(spec: KernelSpec) -> tuple[str, ...]:
     return tuple(a.name for a in arguments(spec))
 
@@ -127,13 +140,13 @@ def forward(
     batch, heads, queries, _ = call.q.shape
     out = call.q.new_empty(batch, heads, queries, v.shape[-1])
     lse = call.q.new_empty(batch, heads, queries, dtype=torch.float32)
-    values = {**_values(call), "O": out, "LSE": lse}
+    values = {**call.values(), "O": out, "LSE": lse}
     shares = _shares(call)
     if shares > 1:
         _decode(call, values, shares)
     else:
         spec = call.spec("forward", latent=call.latent)
-        run(spec, call.grid(spec), values)
+        run(spec, call.grid(spec), values | call.lists(spec))
     return out, lse
 
 
@@ -144,7 +157,11 @@ def _decode(call: Call, values: dict[str, Any], shares: int) -> None:
     parts = torch.empty(shares, batch, heads, queries, spec.dv, dtype=torch.float32, device=call.q.device)
     part_lse = torch.empty(shares, batch, heads, queries, dtype=torch.float32, device=call.q.device)
     tiles, *others = call.grid(spec)
-    run(spec, (tiles * shares, others[0], others[1]), {**values, "O": parts, "LSE": part_lse, "shares": shares})
+    run(
+        spec,
+        (tiles * shares, others[0], others[1]),
+        {**values, **call.lists(spec), "O": parts, "LSE": part_lse, "shares": shares},
+    )
     rows = batch * heads * queries
     spec = placed(KernelSpec("combine", spec.dtype, spec.dv, spec.dv), rows, call.configs.get("combine"))
     more = {"PARTS": parts, "PART_LSE": part_lse, "shares": shares, "rows": rows}
@@ -161,7 +178,11 @@ def _shares(call: Call) -> int:
     return max(1, min(-(-call.k.shape[2] // spec.tiles[1]), 2 * processors // programs, MOST_SHARES))
 
 
-@lru_cache(maxsize=None)
+def _chip() -> chip.Chip:
+    return chip.INSTINCT if torch.version.hip else chip.HOPPER
+
+
+@cache
 def _processors(device: torch.device) -> int:
     """How many programs run at once; few in the interpreter, which runs one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
@@ -187,19 +208,25 @@ def backward(
     found = {"q": q.new_empty(batch, heads, queries, dim), "k": k.new_empty(batch, kv_heads, keys, dim)}
     found["v"] = v.new_empty(batch, kv_heads, keys, dv)
     grad = _rows(grad)
-    values = {**_values(call), **_strides("g", "bht", grad), "O": out, "DO": grad, "LSE": lse, "LEVEL": level}
+    values = {**call.values(), **strides("g", "bht", grad), "O": out, "DO": grad, "LSE": lse, "LEVEL": level}
     values |= {"DELTA": delta, "DQ": found["q"], "DK": found["k"], "DV": found["v"]}
     spec = placed(KernelSpec("delta", call.dtype, dv, dv, lengths=options.lengths is not None), 1, None)
     run(spec, (-(-queries // spec.tiles[0]), heads, batch), values)
     spec = call.spec("dkdv")
-    run(spec, (-(-keys // spec.tiles[1]), kv_heads, batch), values)
-    bias = options.bias if bias_grad else None
-    if bias is not None:
+    run(spec, (-(-keys // spec.tiles[1]), kv_heads, batch), values | call.lists(spec))
+    if bias_grad and options.bias is not None:
         values["DBIAS"] = q.new_zeros(batch, heads, queries, keys, dtype=torch.float32)
-    spec = call.spec("dq", dbias=bias is not None)
-    run(spec, call.grid(spec), values)
-    if bias is not None:
-        found["bias"] = values["DBIAS"].sum_to_size(bias.shape).to(bias.dtype)
+    spec = call.spec("dq", dbias="DBIAS" in values)
+    run(spec, call.grid(spec), values | call.lists(spec))
+    return found | _beside(options, values, lse, delta)
+
+
+def _beside(options: Options, values: Mapping[str, Any], lse: Tensor, delta: Tensor) -> dict[str, Tensor]:
+    """Gradients of the bias, summed over what it was broadcast to, and of the sinks."""
+    found: dict[str, Tensor] = {}
+    if options.bias is not None and "DBIAS" in values:
+        whole: Tensor = values["DBIAS"]
+        found["bias"] = whole.sum_to_size(options.bias.shape).to(options.bias.dtype)
     if options.sinks is not None:
         share = torch.exp(options.sinks.float()[:, None] - torch.where(lse == -torch.inf, torch.inf, lse))
         found["sinks"] = -(share * delta).sum((0, 2)).to(options.sinks.dtype)
@@ -225,43 +252,15 @@ def refuse(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
     if q.shape[1] % k.shape[1]:
         return f"{q.shape[1]} query heads cannot share {k.shape[1]} kv heads evenly"
     if not options.scale > 0:
-        return f"the scale is {options.scale}, and the softmax's running maximum needs one above zero: negate the queries"
+        return (
+            f"the scale is {options.scale}, and the softmax's running maximum needs one above zero: negate the queries"
+        )
     return None
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with the columns of a head beside each other."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _strides(letter: str, axes: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{letter}_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
-
-
-def _values(call: Call) -> dict[str, Any]:
-    """Arguments by name; those that a spec does not name are not passed."""
-    q, k, v, o = call.q, call.k, call.v, call.options
-    values: dict[str, Any] = {"Q": q, "K": k, "V": v, "scale": o.scale, "softcap": o.softcap}
-    values |= {**_strides("q", "bht", q), **_strides("k", "bhn", k), **_strides("v", "bhn", v)}
-    values |= {"T_all": q.shape[2], "N_all": k.shape[2], "sinks": o.sinks, "slopes": o.slopes}
-    if o.bias is not None:
-        bias = o.bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        values |= {"bias": bias, **_strides("bias", "bhqk", bias)}
-    if o.lengths is not None:
-        names = ("query_lengths", "key_lengths")
-        values |= {name: x.to(q.device, torch.int32) for name, x in zip(names, o.lengths, strict=True)}
-    return values | _tables(call.mask, q.device)
-
-
-@lru_cache(maxsize=256)
-def _tables(mask: Mask, device: torch.device) -> dict[str, Any]:
-    """The mask's tables on the device, and their sizes."""
-    values: dict[str, Any] = {}
-    for name, table in mask.tables.items():
-        entries = np.clip(np.ascontiguousarray(table), -FAR, FAR).astype(np.int32)
-        values[TABLE + name] = torch.from_numpy(entries).to(device)
-        values |= {f"{TABLE}{name}_n{axis}": size for axis, size in enumerate(entries.shape)}
-    return values
 
 
 def tune(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, gradients: bool = False) -> dict[str, Config]:
@@ -272,10 +271,14 @@ def tune(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, gradient
     phase: Phase = "decode" if _shares(call) > 1 else "forward"
     found: dict[str, Config] = {}
 
+    def clock(run: Any) -> float:
+        took: Any = do_bench(run, warmup=10, rep=40)
+        return float(took)
+
     def settle(phase: Phase, run: Any, **more: Any) -> None:
         spec = call.spec(phase, **more)
         rows = call.rows(spec.packed)
-        found[phase] = fastest(spec, rows, run, lambda f: float(do_bench(f, warmup=10, rep=40)), found)
+        found[phase] = fastest(spec, rows, run, clock, found)
         store(spec, rows, found[phase])
 
     settle(phase, lambda configs: forward(q, k, v, mask, options, configs), latent=call.latent)

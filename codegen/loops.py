@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
 
 from codegen.predicate import predicate
 from codegen.schedule import schedule
-from rewrite.mask import At, Mask
-from rewrite.mask import spell
+from rewrite.mask import At, Mask, spell
 
 TABLE = "table_"
 """Begins the names of tables in kernels, whose own variables have other names."""
@@ -19,7 +18,7 @@ TABLE = "table_"
 
 @dataclass(frozen=True)
 class Loop:
-    """Segments of tile numbers as texts (start, count, step, width, skip), and whether the last ones are from a list."""
+    """Segments of tile numbers as texts (start, count, step, width, skip); `listed`: then those of a list."""
 
     name: str
     segments: tuple[tuple[str, ...], ...]
@@ -74,7 +73,7 @@ class Loops:
 
 
 def _since_start(i: str, segment: tuple[str, ...]) -> str:
-    """Tiles from the segment's first to its i-th: groups of `width`, every `step`, `skip` tiles of the first left out."""
+    """Tiles from the segment's first to its i-th: groups of `width`, every `step`, without `skip` of the first."""
     _, _, step, width, skip = segment
     if width == "1":
         return i if step == "1" else f"{i} * ({step})"
@@ -82,14 +81,16 @@ def _since_start(i: str, segment: tuple[str, ...]) -> str:
     return f"{at} // ({width}) * ({step}) + {at} % ({width})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def loops(mask: Mask, over: Literal["k", "q"]) -> Loops:
     """The loops over key tiles of a query tile ("k"), or over query tiles of a key tile ("q")."""
     found = schedule(mask, over)
     shared, texts = found.program("triton")
     full, masked = tuple(texts[: len(found.full)]), tuple(texts[len(found.full) :])
     keep = None if mask.is_all else predicate(mask, "triton")
-    return Loops(tuple(shared), Loop("full", full, found.listed), Loop("masked", masked, found.listed), keep, found.listed)
+    return Loops(
+        tuple(shared), Loop("full", full, found.listed), Loop("masked", masked, found.listed), keep, found.listed
+    )
 
 
 @lru_cache(maxsize=1024)

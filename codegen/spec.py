@@ -114,6 +114,10 @@ class KernelSpec:
         """Scores are more than a scaled product."""
         return self.softcap or self.alibi or self.bias
 
+    def with_config(self, config: tuple[int, int, int, int]) -> KernelSpec:
+        """The same computation in the tiles, warps and stages of a `Config`."""
+        return self.with_tiles(config[:2], *config[2:])
+
     def with_tiles(self, tiles: tuple[int, int], warps: int, stages: int) -> KernelSpec:
         """The same computation in other tiles."""
         return replace(self, tiles=tiles, warps=warps, stages=stages)
@@ -132,8 +136,17 @@ def _refuse(spec: KernelSpec) -> str | None:
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of a kernel: its name, its Triton type, and whether Triton may rely on a multiple of 16."""
+    """An argument of a kernel: its name, its Triton type, and whether Triton may rely on a multiple of 16.
+
+    `varies`: a number that changes from call to call, for whose values there shall be no kernels of their own.
+    """
 
     name: str
     type: str
     aligned: bool = False
+    varies: bool = False
+
+
+def number(name: str, type: str = "i32") -> Argument:
+    """A length, a count or a size."""
+    return Argument(name, type, varies=True)

@@ -58,7 +58,11 @@ def dq_source(spec: KernelSpec) -> str:
     body += [*real_lengths(spec), *query_rows(spec)]
     body += [*factors(spec), *columns(spec.dqk, spec.dv), ""]
     body += [at_head("queries", "Q", "h", "q"), at_head("keys", "K", "h_k", "k"), at_head("values", "V", "h_k", "v")]
-    body += [at_head("grads", "DO", "h", "g"), row_offsets("from_query", "q", spec), row_offsets("from_grad", "g", spec)]
+    body += [
+        at_head("grads", "DO", "h", "g"),
+        row_offsets("from_query", "q", spec),
+        row_offsets("from_grad", "g", spec),
+    ]
     body += [*offsets("query", "from_query", spec.dqk), *load("query", "queries", spec.dqk, "live")]
     body += [*offsets("grad", "from_grad", spec.dv), *load("grad", "grads", spec.dv, "live")]
     body += ['level = tl.load(LEVEL + row_index, mask=live, other=float("inf"))']
@@ -95,7 +99,12 @@ def dkdv_source(spec: KernelSpec) -> str:
     body = [f"tile: tl.constexpr = {spec.tiles[0]}", "at = tl.program_id(0)", "h_k = tl.program_id(1)"]
     body += ["b = tl.program_id(2)", f"heads = tl.num_programs(1) * {spec.group}", *real_lengths(spec)]
     body += [f"k0 = at * {spec.tiles[1]}", f"k1 = tl.minimum(k0 + {spec.tiles[1]}, N)"]
-    body += [f"n = tl.arange(0, {spec.tiles[1]})", "key_index = k0 + n", "there = key_index < N", "k = key_index[:, None]"]
+    body += [
+        f"n = tl.arange(0, {spec.tiles[1]})",
+        "key_index = k0 + n",
+        "there = key_index < N",
+        "k = key_index[:, None]",
+    ]
     body += [*factors(spec), *columns(spec.dqk, spec.dv), "row = tl.arange(0, tile)", ""]
     body += [at_head("keys", "K", "h_k", "k"), at_head("values", "V", "h_k", "v")]
     body += [*offsets("key", "(key_index.to(tl.int64) * k_n)", spec.dqk), *load("key", "keys", spec.dqk, "there")]
@@ -135,7 +144,7 @@ def _dkdv_step(spec: KernelSpec, masked: bool) -> list[str]:
     lines += [f"level = tl.load(LEVEL + rows_before + index{rows})", f"p = tl.exp2(s{factor(spec)} - level[None, :])"]
     if masked:
         keep = loops(spec.mask, "q").keep
-        lines += [f"p = tl.where(live[None, :]" + (f" & ({keep})" if keep else "") + ", p, 0.0)"]
+        lines += ["p = tl.where(live[None, :]" + (f" & ({keep})" if keep else "") + ", p, 0.0)"]
     lines += [*load("grad", "g_from", spec.dv, within), f"weights = {narrow(spec, 'p')}"]
     lines += [f"dv_{i} = {dot(spec, 'weights', f'grad_{i}', f'dv_{i}')}" for i in range(len(chunks(spec.dv)))]
     lines += product(spec, "dp", "value", "grad", spec.dv)

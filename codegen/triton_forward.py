@@ -7,7 +7,7 @@ may not read is -inf, and a row that has read nothing yet keeps m = -inf without
 from __future__ import annotations
 
 from codegen.loops import loops
-from codegen.spec import TRITON, Argument, KernelSpec, chunks
+from codegen.spec import Argument, KernelSpec, chunks, number
 from codegen.triton_text import (
     HEAVY_FIRST,
     LENGTHS,
@@ -48,7 +48,7 @@ def forward_arguments(spec: KernelSpec) -> list[Argument]:
     found += [*mask_arguments(spec), *modifier_arguments(spec)]
     found += [*strides("q", "bht", spec.dqk), *strides("k", "bhn", spec.dqk)]
     found += [] if spec.latent else strides("v", "bhn", spec.dv)
-    return [*found, *LENGTHS, *([Argument("shares", "i32")] if split else [])]
+    return [*found, *LENGTHS, *([number("shares")] if split else [])]
 
 
 def forward_source(spec: KernelSpec) -> str:
@@ -81,7 +81,10 @@ def _start(spec: KernelSpec) -> list[str]:
         lines.append(f'm = tl.full([{rows}], float("-inf"), tl.float32)')
         lines.append(f"l = tl.zeros([{rows}], tl.float32)")
     if spec.sinks and spec.phase == "decode":
-        lines += ['m = tl.where(share == 0, m, float("-inf"))  # the sink counts once', "l = tl.where(share == 0, l, 0.0)"]
+        lines += [
+            'm = tl.where(share == 0, m, float("-inf"))  # the sink counts once',
+            "l = tl.where(share == 0, l, 0.0)",
+        ]
     return lines + [f"out_{i} = tl.zeros([{rows}, {c.size}], tl.float32)" for i, c in enumerate(chunks(spec.dv))]
 
 
@@ -140,6 +143,8 @@ def _finish(spec: KernelSpec) -> list[str]:
         lines.append('lse = tl.where(live, lse, float("-inf"))')
     if split:
         lines.append("row_index += share.to(tl.int64) * tl.num_programs(2) * heads * T_all")
-    return [*lines, *store("out", "O", f"(row_index * {spec.dv})", spec.dv, "owned"), "tl.store(LSE + row_index, lse, mask=owned)"]
-
-
+    return [
+        *lines,
+        *store("out", "O", f"(row_index * {spec.dv})", spec.dv, "owned"),
+        "tl.store(LSE + row_index, lse, mask=owned)",
+    ]

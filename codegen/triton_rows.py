@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codegen.spec import Argument, KernelSpec, chunks
+from codegen.spec import Argument, KernelSpec, chunks, number
 from codegen.triton_text import LN2, LOG2E, columns, indent, kernel, load, offsets, store, strides
 
 
@@ -10,14 +10,18 @@ def combine_arguments(spec: KernelSpec) -> list[Argument]:
     """The arguments of `combine_source`'s function, in order."""
     parts = [Argument("PARTS", "*fp32", True), Argument("PART_LSE", "*fp32", True)]
     outs = [Argument("O", f"*{spec.dtype}", True), Argument("LSE", "*fp32", True)]
-    return [*parts, *outs, Argument("shares", "i32"), Argument("rows", "i64")]
+    return [*parts, *outs, number("shares"), number("rows", "i64")]
 
 
 def combine_source(spec: KernelSpec) -> str:
     """Merges the shares of each row's keys by their log-sum-exp; shares that read nothing count for nothing."""
     rows, parts = spec.tiles[0], range(len(chunks(spec.dv)))
     body = [f"row = tl.program_id(0).to(tl.int64) * {rows} + tl.arange(0, {rows})", "owned = row < rows"]
-    body += [*columns(spec.dv), f'm = tl.full([{rows}], float("-inf"), tl.float32)', f"l = tl.zeros([{rows}], tl.float32)"]
+    body += [
+        *columns(spec.dv),
+        f'm = tl.full([{rows}], float("-inf"), tl.float32)',
+        f"l = tl.zeros([{rows}], tl.float32)",
+    ]
     body += [f"out_{i} = tl.zeros([{rows}, {c.size}], tl.float32)" for i, c in enumerate(chunks(spec.dv))]
     step = ["part_row = row + tl.cast(i, tl.int64) * rows"]
     step += [f'lse = tl.load(PART_LSE + part_row, mask=owned, other=float("-inf")) * {LOG2E}']
@@ -37,7 +41,7 @@ def delta_arguments(spec: KernelSpec) -> list[Argument]:
     tensors = [Argument("O", f"*{spec.dtype}", True), Argument("DO", f"*{spec.dtype}", True)]
     rows = [Argument(name, "*fp32", True) for name in ("LSE", "LEVEL", "DELTA")]
     lengths = [Argument("query_lengths", "*i32", True)] if spec.lengths else []
-    return [*tensors, *rows, *lengths, *strides("g", "bht", spec.dv), Argument("T_all", "i32")]
+    return [*tensors, *rows, *lengths, *strides("g", "bht", spec.dv), number("T_all")]
 
 
 def delta_source(spec: KernelSpec) -> str:

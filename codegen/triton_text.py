@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from textwrap import fill
 
 from codegen.loops import Loop, Loops, loops, table_axes
-from codegen.spec import TRITON, Argument, Chunk, KernelSpec, chunks
+from codegen.spec import TRITON, Argument, Chunk, KernelSpec, chunks, number
 
 LOG2E = "1.4426950408889634"
 LN2 = "0.6931471805599453"
@@ -18,9 +19,11 @@ def indent(lines: Iterable[str], by: int = 4) -> list[str]:
 
 def kernel(spec: KernelSpec, arguments: Sequence[Argument], body: Iterable[str], says: str) -> str:
     """The file: what it computes and the spec as header, then one function."""
-    names = ", ".join(a.name for a in arguments)
-    head = [f'"""{says}', "", f"{spec}", '"""', "", "import triton", "import triton.language as tl", "", "", "@triton.jit"]
-    return "\n".join([*head, f"def {spec.name}({names}):", *indent(body), ""])
+    names = fill(", ".join(a.name for a in arguments), 100, break_long_words=False).splitlines()
+    vary = ", ".join(f'"{a.name}"' for a in arguments if a.varies)
+    head = [f'"""{says}', "", f"{spec}", '"""', "", "import triton", "import triton.language as tl", "", ""]
+    head += [f"@triton.jit(do_not_specialize=[{vary}])", f"def {spec.name}(", *indent(names), "):"]
+    return "\n".join([*head, *indent(body), ""])
 
 
 def columns(*dims: int) -> list[str]:
@@ -107,7 +110,7 @@ def scores(spec: KernelSpec, rows: str, keys: str, within: str | None) -> list[s
         lines += ["s = s * factor"]
     if spec.bias:
         mask = f", mask={within}, other=0.0" if within else ""
-        lines.append(f"s += tl.load(bias_rows{rows} + key_index{keys}.to(tl.int64) * bias_k{mask}).to(tl.float32) * {LOG2E}")
+        lines.append(f"s += tl.load(bias_rows{rows} + key_index{keys}{mask}).to(tl.float32) * {LOG2E}")
     if spec.alibi:
         slope = f"slope{rows}" if spec.packed else "slope"
         lines.append(f"s -= {slope} * (q - k)")
@@ -151,7 +154,10 @@ def query_rows(spec: KernelSpec) -> list[str]:
     rows, group = spec.tiles[0], spec.group
     lines = [f"first = at * {rows}", f"row = first + tl.arange(0, {rows})"]
     if spec.packed and group > 1:
-        lines += [f"q0 = first // {group} + offset", f"q1 = tl.minimum((first + {rows - 1}) // {group} + 1, T) + offset"]
+        lines += [
+            f"q0 = first // {group} + offset",
+            f"q1 = tl.minimum((first + {rows - 1}) // {group} + 1, T) + offset",
+        ]
         lines += [f"index = row // {group}  # a row is a query and a head of the group", f"head = h + row % {group}"]
     else:
         lines += ["q0 = first + offset", f"q1 = tl.minimum(first + {rows}, T) + offset", "index = row", "head = h"]
@@ -161,7 +167,9 @@ def query_rows(spec: KernelSpec) -> list[str]:
         lines.append(f"slope = tl.load(slopes + head).to(tl.float32) * {LOG2E}")
     lines.append("row_index = (b.to(tl.int64) * heads + head) * T_all + index")
     if spec.bias:
-        lines.append("bias_rows = bias + b.to(tl.int64) * bias_b + tl.cast(head, tl.int64) * bias_h + index.to(tl.int64) * bias_q")
+        lines.append(
+            "bias_rows = bias + b.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h + index.to(tl.int64) * bias_q"
+        )
     return lines
 
 
@@ -203,14 +211,14 @@ def mask_arguments(spec: KernelSpec) -> list[Argument]:
     for table, axes in table_axes(spec.mask).items():
         names.append(table)
         numbers += [f"{table}_n{axis}" for axis in range(axes)]
-    return [*(Argument(name, "*i32", True) for name in names), *(Argument(name, "i32") for name in numbers)]
+    return [*(Argument(name, "*i32", True) for name in names), *(number(name) for name in numbers)]
 
 
 def modifier_arguments(spec: KernelSpec) -> list[Argument]:
     """Bias, slopes, lengths, the scale and the cap."""
     found: list[Argument] = []
     if spec.bias:
-        found += [Argument("bias", f"*{spec.dtype}", True), *strides("bias", "bhqk", 1)]
+        found += [Argument("bias", f"*{spec.dtype}", True), *strides("bias", "bhq", 1)]
     if spec.alibi:
         found.append(Argument("slopes", "*fp32", True))
     if spec.lengths:
@@ -227,4 +235,4 @@ def strides(letter: str, axes: str, dim: int) -> list[Argument]:
 
 
 HEAVY_FIRST = "at = tl.num_programs(0) - 1 - tl.program_id(0)  # of causal queries, the last read most"
-LENGTHS = (Argument("T_all", "i32"), Argument("N_all", "i32"))
+LENGTHS = (number("T_all"), number("N_all"))

@@ -30,7 +30,7 @@ _DKDV = (
 
 def candidates(spec: KernelSpec, rows: int) -> list[Config]:
     """The default tiles and those worth measuring beside them that fit the chip."""
-    first = chip.default(spec, rows)
+    first = chip.default(spec, rows, chip.INSTINCT if torch.version.hip else chip.HOPPER)
     if spec.phase in ("combine", "delta"):
         return [first]
     if spec.phase == "dkdv":
@@ -39,7 +39,7 @@ def candidates(spec: KernelSpec, rows: int) -> list[Config]:
         found = [Config(*c) for c in _MANY]
     else:
         found = [Config(first.rows, *c) for c in _FEW]
-    fits = [c for c in found if chip.refuse(spec.with_tiles((c.rows, c.keys), c.warps, c.stages)) is None]
+    fits = [c for c in found if chip.refuse(spec.with_config(c)) is None]
     return list(dict.fromkeys([first, *fits]))
 
 
@@ -87,7 +87,7 @@ def fastest(
     clock: Callable[[Callable[[], Any]], float],
     others: Mapping[str, Config],
 ) -> Config:
-    """Runs a computation with each candidate for the tiles of one phase; what does not compile or fit is passed over."""
+    """The best tiles of one phase by running a computation in each; what does not compile or fit is passed over."""
     times: dict[Config, float] = {}
     for config in candidates(spec, rows):
         configs = {**others, spec.phase: config}

@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +63,7 @@ COMPILED = (
 )
 
 
-def told(task: str, cases: tuple[Case, ...], **env: str) -> dict[str, dict[str, object]]:
+def told(task: str, cases: tuple[Case, ...], **env: str) -> dict[str, dict[str, Any]]:
     """What another process says of each case: `interpreted` or `compiled` of this file's `main`."""
     plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     names = [str(c) for c in cases]
@@ -79,7 +81,7 @@ def test_kernels_compute_attention(sample: str, tmp_path: Path):
     assert not wrong
 
 
-def test_what_compiled_kernels_take(tmp_path: Path, golden):
+def test_what_compiled_kernels_take(tmp_path: Path, golden: Callable[[str], None]):
     """Registers, spilled bytes and shared memory on sm_90, by the pinned compiler; wgmma and asynchronous copies."""
     found = told("compiled", COMPILED, REATTN_CACHE=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path))
     for title, kernel in found.items():
@@ -115,21 +117,22 @@ def test_what_is_wrong_is_said():
     title = "forward bf16 dqk=64 dv=64"
     good = {"title": "prefill fp16 x", "errors": {"o": 0.5}}
     fits = {"title": title, "chip": "sm_90", "registers": 200, "spilled": 0, "shared": 1000}
-    assert page([good], [fits], 232_448)[1] == []
-    assert page([{**good, "errors": {"o": 1.5}}], [], 1)[1] == ["prefill fp16 x: o is off by 1.5 of its bound"]
-    assert page([{**good, "errors": {"o": float("nan")}}], [], 1)[1]
-    assert page([], [{**fits, "spilled": 8}], 232_448)[1] == [f"{title} spills 8 bytes"]
-    assert page([], [fits], 999)[1] == [f"{title} needs 1,000 bytes of shared memory"]
+    limits = {"sm_90": 232_448}
+    assert page([good], [fits], limits)[1] == []
+    assert page([{**good, "errors": {"o": 1.5}}], [], limits)[1] == ["prefill fp16 x: o is off by 1.5 of its bound"]
+    assert page([{**good, "errors": {"o": float("nan")}}], [], limits)[1]
+    assert page([], [{**fits, "spilled": 8}], limits)[1] == [f"{title} spills 8 bytes"]
+    assert page([], [fits], {"sm_90": 999})[1] == [f"{title} for sm_90 needs 1,000 bytes of shared memory"]
 
 
-def _compiled(case: Case, chip: str) -> dict[str, dict[str, object]]:
+def _compiled(case: Case, name: str) -> dict[str, dict[str, Any]]:
     from bench.kernels import specs
-    from codegen.chip import shared
+    from codegen.chip import HOPPER, INSTINCT, shared
     from codegen.compiled import compiled, resources
 
-    found: dict[str, dict[str, object]] = {}
-    for spec in specs(case):
-        used, ptx = resources(spec, chip), compiled(spec, chip).asm.get("ptx", "")
+    found: dict[str, dict[str, Any]] = {}
+    for spec in specs(case, HOPPER if name == HOPPER.name else INSTINCT):
+        used, ptx = resources(spec, name), compiled(spec, name).asm.get("ptx", "")
         found[str(spec)] = {
             "text": str(used), "registers": used.registers, "spilled": used.spilled, "shared": used.shared,
             "expected": shared(spec), "wgmma": "wgmma.mma_async" in ptx, "copies": "cp.async" in ptx,
