@@ -13,13 +13,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from codegen.lists import Tiling, tiles
 from codegen.schedule import Schedule, Tiles, schedule
 from rewrite.mask import Mask
+from rewrite.site import IntArray
 
 KEYS = 64
 """Keys in a tile: runs start and end at its multiples."""
 SPEED = {64: 0.89, 256: 0.97, 768: 1.0}
 """Sizes of query tiles, and how fast pairs are computed in them: measured on torch's kernel, which has three loops."""
+LISTED = 128
+"""Queries in a tile of a mask that is a list of blocks, which are about as large."""
 STACKED = 2048
 """Queries of a stack of tiles."""
 WHOLE = 512
@@ -75,13 +79,11 @@ def pieces(mask: Mask, shape: Shape, most: int | None = None) -> Iterator[Piece]
         queries, keys = shape.spans[rows[0]]
         if not queries or not keys:
             continue
-        view = _View(mask, plan, rows[0], keys, keys - queries)
-        size = _tile(view, queries)
-        firsts = np.arange(0, queries, size)
-        lasts = np.minimum(firsts + size, queries)
-        for heads, found in _heads(view, shape, firsts, lasts):
+        view = _View(mask, plan, rows[0], queries, keys)
+        size = view.size()
+        for heads, found in _heads(view.tiles(size, shape.heads), shape):
             runs = (tuple(_runs(tiles, keys, most)) for tiles in found)
-            ends = zip(firsts.tolist(), lasts.tolist(), strict=True)
+            ends = ((first, min(first + size, queries)) for first in range(0, queries, size))
             plain = [Piece(rows, heads, at, view.offset, r) for at, r in zip(ends, runs, strict=True) if r]
             yield from plain if most is not None or len(plain) < 2 else _stacks(plain, max(1, STACKED // size))
 
@@ -93,24 +95,46 @@ class _View:
     mask: Mask
     plan: Schedule
     row: int
+    queries: int
     keys: int
-    offset: int
 
-    def tiles(self, head: int, firsts: Sequence[int] | np.ndarray, lasts: Sequence[int] | np.ndarray) -> list[Tiles]:
-        """What the queries with indices first .. last read, for each pair of these."""
-        q0, q1 = (np.asarray(x) + self.offset for x in (firsts, lasts))
+    @property
+    def offset(self) -> int:
+        """The first query's position."""
+        return self.keys - self.queries
+
+    def size(self) -> int:
+        """Queries in a tile: what costs least, judged in the middle and at the end."""
+        sizes = [size for size in SPEED if size < self.queries] or [self.queries]
         if self.plan.listed:
-            return [self._looked(head, *at) for at in zip(q0.tolist(), q1.tolist(), strict=True)]
+            return min(LISTED, self.queries)
+        ends = np.array([self.queries, (self.queries + sizes[0]) // 2])
+
+        def cost(size: int) -> float:
+            found = self._solved(0, np.maximum(0, ends - size), ends)
+            return sum(len(steps) for tiles in found for steps in (*tiles.full, *tiles.masked)) / SPEED.get(size, 1)
+
+        return min(sizes, key=cost)
+
+    def tiles(self, size: int, heads: int) -> list[list[Tiles]]:
+        """What each tile of `size` queries reads, for every head; for one where all are alike."""
+        heads = heads if self.mask.per_head else 1
+        if self.plan.listed:
+            at = Tiling(self.queries, self.keys, size, KEYS, self.row + 1 if self.mask.per_row else 1, heads)
+            some, every = (x[-1].tolist() for x in tiles(self.mask, at))
+            return [[_numbered(a, e) for a, e in zip(*rows, strict=True)] for rows in zip(some, every, strict=True)]
+        firsts = np.arange(0, self.queries, size)
+        return [self._solved(head, firsts, np.minimum(firsts + size, self.queries)) for head in range(heads)]
+
+    def _solved(self, head: int, firsts: IntArray, lasts: IntArray) -> list[Tiles]:
+        """By closed form, for the queries with indices first .. last."""
+        q0, q1 = firsts + self.offset, lasts + self.offset
         return self.plan.of_queries(KEYS, q0, q1, self.keys, self.offset, self.row, head, self.mask.tables)
 
-    def _looked(self, head: int, q0: int, q1: int) -> Tiles:
-        """Tiles of a mask that no closed form describes, by looking at all its pairs."""
-        at_q, at_k = np.arange(q0, q1)[:, None], np.arange(self.keys)[None]
-        keep = self.mask.holds(at_q, at_k, head, self.row, self.offset)
-        starts = np.arange(0, self.keys, KEYS)
-        every = np.logical_and.reduceat(keep.all(0), starts)
-        some = np.logical_or.reduceat(keep.any(0), starts)
-        return Tiles(*(tuple(range(int(i), int(i) + 1) for i in np.flatnonzero(x)) for x in (every, some & ~every)))
+
+def _numbered(some: Sequence[bool], every: Sequence[bool]) -> Tiles:
+    full = tuple(range(i, i + 1) for i, x in enumerate(every) if x)
+    return Tiles(full, tuple(range(i, i + 1) for i, (x, e) in enumerate(zip(some, every, strict=True)) if x and not e))
 
 
 def _rows(mask: Mask, shape: Shape) -> Iterator[tuple[int, int]]:
@@ -123,26 +147,11 @@ def _rows(mask: Mask, shape: Shape) -> Iterator[tuple[int, int]]:
             yield members[0], members[-1] + 1
 
 
-def _tile(view: _View, queries: int) -> int:
-    """The size of query tiles that costs least, judged in the middle and at the end."""
-    sizes = [size for size in SPEED if size < queries] or [queries]
-    ends = np.array([queries, (queries + sizes[0]) // 2])
-
-    def cost(size: int) -> float:
-        found = view.tiles(0, np.maximum(0, ends - size), ends)
-        return sum(len(steps) for tiles in found for steps in (*tiles.full, *tiles.masked)) / SPEED.get(size, 1)
-
-    return min(sizes, key=cost)
-
-
-def _heads(
-    view: _View, shape: Shape, firsts: np.ndarray, lasts: np.ndarray
-) -> Iterator[tuple[tuple[int, int], list[Tiles]]]:
+def _heads(found: list[list[Tiles]], shape: Shape) -> Iterator[tuple[tuple[int, int], list[Tiles]]]:
     """Neighbouring heads that read the same tiles."""
-    if not view.mask.per_head:
-        yield (0, shape.heads), view.tiles(0, firsts, lasts)
+    if len(found) == 1:
+        yield (0, shape.heads), found[0]
         return
-    found = [view.tiles(head, firsts, lasts) for head in range(shape.heads)]
     for _, same in itertools.groupby(range(shape.heads), key=found.__getitem__):
         members = list(same)
         for heads in _whole_groups(members[0], members[-1] + 1, shape.group):
