@@ -66,27 +66,9 @@ def held(site: Site, mask: Mask) -> tuple[int | None, ...]:
 
 
 @lru_cache(maxsize=256)
-def pairs(mask: Mask, tokens: int, heads: int, sample: int = 256) -> float:
-    """Pairs of query and key that one head reads of a text, the mean over heads: counted for some of the queries."""
-    step = max(1, tokens // sample)
-    q, k = np.arange(step // 2, tokens, step), np.arange(tokens)
-    distinct = {tuple(map(int, _numbers(mask, i))): i for i in range(heads)} if mask.per_head else {(): 0}
-    count = {key: float(mask.holds(q[:, None], k[None], i).sum()) * tokens / len(q) for key, i in distinct.items()}
-    if not mask.per_head:
-        return count[()]
-    return sum(count[tuple(map(int, _numbers(mask, i)))] for i in range(heads)) / heads
-
-
-def _numbers(mask: Mask, head: int) -> Sequence[int]:
-    """What a mask's tables by head say of one."""
-    return [int(np.asarray(x).reshape(len(x), -1)[min(head, len(x) - 1)].sum()) for x in mask.tables.values()]
-
-
-def density(new: Site, site: Site, tokens: int) -> float:
-    """The share of the site's own pairs that are read of a text."""
-    if isinstance(new.form, Sparse) and new.form.density is not None:
-        return new.form.density
-    return pairs(new.mask, tokens, site.heads) / max(pairs(site.mask, tokens, site.heads), 1.0)
+def pairs(mask: Mask, tokens: int, heads: int) -> float:
+    """Pairs of query and key that one head reads of a text, the mean over heads."""
+    return float(mask.density(tokens, tokens, heads if mask.per_head else None)) * tokens**2
 
 
 def streaming_pairs(tokens: int, sinks: int, width: int | None) -> int:

@@ -23,7 +23,8 @@ def work(before: Sequence[Site], after: Sequence[Site], context: int) -> tuple[s
     new = sum(_operations(site, _left(site, made, context)) for site, made in both)
     share = new / max(old, 1.0)
     what = f"attention reads {share:.3g} of its pairs at {context:,} tokens: {_flops(old)} → {_flops(new)} a text"
-    return (what, *_slow([made for _, made in both], share))
+    some = ("which heads' caches drop tokens is known after calibration",) if any(_open(s) for _, s in both) else ()
+    return (what, *some, *_slow([made for _, made in both], share))
 
 
 def _slow(sites: Sequence[Site], share: float) -> list[str]:

@@ -33,7 +33,7 @@ from rewrite.modules import owner
 from rewrite.site import Site
 
 Recipe = dict[str, Any]
-RUNS = "by reattn's operator where it is loaded, else by torch a tile of queries after the other"
+RUNS = "reattn's operator where it is loaded, else torch in tiles"
 MASKED = "reattn_masked"
 """The name under which the kernel of `masked` is registered."""
 

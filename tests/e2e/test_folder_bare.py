@@ -16,6 +16,8 @@ from rewrite.emit.validate import cache_bytes, greedy
 from tests import bare
 from tests.contract.by_hand import changes
 from tests.contract.test_latent import made as latent
+from tests.contract.test_sparse import MIXED, NARROW
+from tests.contract.test_sparse import made as sparse
 from tests.contract.tiny import ALL, inputs
 
 CHILD = """
@@ -47,6 +49,7 @@ LATENT = (
     ("bart-sdpa", MLA(cache=0.5)),
     ("youtu-sdpa", MLA(cache=0.5)),
 )
+SPARSE = (("llama-gqa-sdpa", MIXED), ("gpt2-sdpa", NARROW), ("gpt_oss-eager", NARROW), ("bart-sdpa", NARROW))
 
 
 def test_bare_process(tmp_path: Path) -> None:
@@ -58,6 +61,9 @@ def test_bare_process(tmp_path: Path) -> None:
     for name, target in LATENT:
         _, given, made = latent(name, target)
         emitted[f"{name}-{target.form}"] = made.model, {n: v for n, v in given.items() if n != "use_cache"}
+    for name, masks in SPARSE:
+        _, given, made, _ = sparse(name, masks)
+        emitted[f"{name}-sparse"] = made.model, {n: v for n, v in given.items() if n != "use_cache"}
     bare.write(tmp_path / "models", emitted, "half.of.it")
     done = bare.run(CHILD, str(tmp_path / "models"))
     assert done.returncode == 0, done.stderr[-3000:]
