@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from passes.mla import MLA
     from rewrite.api import check, convert, plan
     from rewrite.errors import ReattnError
+    from rewrite.onnx.export import export_onnx
 
-__all__ = ["GQA", "MLA", "ReattnError", "check", "convert", "plan"]
+__all__ = ["GQA", "MLA", "ReattnError", "check", "convert", "export_onnx", "plan"]
 
-_HOME = {"ReattnError": "rewrite.errors"}
+_HOME = {"ReattnError": "rewrite.errors", "export_onnx": "rewrite.onnx.export"}
 
 
 def __getattr__(name: str) -> Any:

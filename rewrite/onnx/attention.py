@@ -48,7 +48,7 @@ def softmax(scores: Tensor, mask: Tensor | None, options: OPTIONS) -> Tensor:
 
 def operator(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: OPTIONS) -> Tensor:
     """The same by the standard operator, which takes fewer kv heads as they are."""
-    attributes = {"scale": float(options["scaling"])}
+    attributes: dict[str, Any] = {"scale": float(options["scaling"])}
     if options.get("softcap") is not None:
         attributes["softcap"] = float(options["softcap"])
     inputs = (query, key, value) if mask is None else (query, key, value, mask)
@@ -60,13 +60,13 @@ def operator(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, opt
 def contrib(query: Tensor, layer: Handed, mask: Tensor | None, options: OPTIONS) -> Tensor:
     """The same by ONNX Runtime's own operator, which writes the new tokens into the buffers too."""
     batch, heads, tokens, width = query.shape
-    key, value = layer.keys, layer.values
+    key, value = layer.new
     total = layer.get_seq_length()
     ends = torch.full((batch,), total - 1, dtype=torch.int32)
     length = torch.full((1,), total, dtype=torch.int32)
     past_key, past_value = layer.held
     flat = [x.transpose(1, 2).flatten(2) for x in (query, key, value)]
-    attributes = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": float(options["scaling"])}
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": float(options["scaling"])}
     if options.get("softcap") is not None:
         attributes["softcap"] = float(options["softcap"])
     inputs = (*flat, past_key, past_value, ends, length, None, None, None, mask)
@@ -96,7 +96,7 @@ def absorbed(
 
 def rebuilt(latent: Any, query: Tensor, held: Tensor, mask: Tensor | None, options: OPTIONS) -> Tensor:
     """The same where keys are rebuilt from the latent, one for each kv head, at every step."""
-    key = latent.grouped_keys(held[:, 0], 0, latent.call.last(held, query))
+    key = latent.grouped_keys(held.squeeze(1), 0, latent.call.last(held, query))
     scores = grouped_scores(latent.queries(query) * options["scaling"], key)
     return _summed(latent, softmax(scores, mask, options), held)
 

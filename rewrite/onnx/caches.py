@@ -48,7 +48,7 @@ class Grown(DynamicLayer):
             new = [key_states[..., : self.slot.rank], key_states[..., self.slot.rank :]]
         self.held = [self._joined(old, more) for old, more in zip(self.held, new, strict=False)]
         self._show()
-        return self.keys, self.values
+        return self.held[0], self.held[-1]
 
     def _joined(self, old: Tensor, new: Tensor) -> Tensor:
         return torch.cat([old, new], dim=-2)
@@ -76,8 +76,8 @@ class Written(Grown):
 
     def _joined(self, old: Tensor, new: Tensor) -> Tensor:
         at = torch.full((new.shape[0],), self.filled, dtype=torch.int64)
-        inputs, how = (old, new, at), {"axis": -2, "mode": "linear"}
-        return torch.onnx.ops.symbolic("TensorScatter", inputs, how, dtype=old.dtype, shape=old.shape)
+        how: Any = {"axis": -2, "mode": "linear"}
+        return torch.onnx.ops.symbolic("TensorScatter", (old, new, at), how, dtype=old.dtype, shape=old.shape)
 
     def get_seq_length(self) -> int:
         """Tokens filled."""
@@ -89,11 +89,14 @@ class Written(Grown):
 
 
 class Handed(Written):
-    """The buffers go as they are to an operator that writes and reads them; what it gives back is put into `held`."""
+    """The buffers go as they are to an operator that writes and reads them; what it gives back is put into `held`.
+    `new` are the keys and values that it is to write."""
+
+    new: tuple[Tensor, Tensor]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Give back the new tokens alone."""
-        self.keys, self.values = key_states, value_states
+        self.new = self.keys, self.values = key_states, value_states
         self.filled = self.filled + key_states.shape[-2]
         return key_states, value_states
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
-import onnxruntime
 import torch
 from torch import nn
 
@@ -90,39 +90,39 @@ def export_onnx(
 ) -> Exported:
     """Write a model - converted or not, live or a folder - as ONNX, and run it against torch before it is there.
 
-    `path` ends in .onnx for a file (and OUT.onnx.data beside it where the weights exceed 1.5 GB), or names a folder that
-    gets model.onnx, the config and the tokenizer. A language model becomes one graph for prefill and decoding, with its
-    cache as inputs and outputs; any other model, and a module with example `inputs`, one call. `form`: how attention is
-    written. "matmul" (what "auto" is): standard products, the fastest that takes and gives whole caches; "attention":
-    the standard operator; "shared": the cache is written in place, opset 24; "contrib": in place by ONNX Runtime's own
-    operator. `trust_remote_code` runs the modelling file that lies in a folder.
+    `path` ends in .onnx for a file (with OUT.onnx.data beside it where the weights exceed 1.5 GB), or names a folder
+    for model.onnx, the config and the tokenizer. A language model becomes one graph for prefill and decoding, with its
+    cache as inputs and outputs; any other model, and a module with example `inputs`, one call. `form` is how attention
+    is written. "matmul" (what "auto" is): standard products, the fastest that takes and gives whole caches;
+    "attention": the standard operator; "shared": the cache is written in place, opset 24; "contrib": in place by ONNX
+    Runtime's own operator. `trust_remote_code` runs the modelling file that lies in a folder.
     Raises where the model cannot be written so, and CheckFailed where ONNX Runtime computes something else than torch.
     """
     out, tell = Path(path), progress or _silent
-    form = _usable(form, dtype)
+    written = _usable(form, dtype)
     refuse_output(out, Path(model) if isinstance(model, (str, Path)) else None)
     opened = open_model(model, trust_remote_code=trust_remote_code)
-    working: Any = opened.working.half() if dtype == "float16" else opened.working
+    working: Any = copy.deepcopy(opened.working).half() if dtype == "float16" else opened.working
     tell("trace", 0, 3)
-    stage = Stage(form=form)
+    stage = Stage(form=written)
     with _quiet():
         traced = decoding(working, stage) if decodes(working) else plain(working, inputs)
-        _fits(form, traced.slots)
+        _fits(written, traced.slots)
         with staged(working, stage):
             made = _translated(working, traced)
-    opset = 24 if form == "shared" else 23
+    opset = 24 if written == "shared" else 23
     graph.finish(made, traced.inputs, traced.outputs, opset)
-    graph.require(made, _axes(traced), contrib=form == "contrib")
+    graph.require(made, _axes(traced), contrib=written == "contrib")
     report = _report(model, opened)
-    made.metadata_props.update(_metadata(form, traced.slots, report))
+    made.metadata_props.update(_metadata(written, traced.slots, report))
     with draft(out, opened.folder) as work:
         tell("write", 1, 3)
         main = _write(made, work.path, out)
         tell("check", 2, 3)
         check_file(main)
-        agreed = _agreement(main, working, traced, contrib=form == "contrib")
-        note = _beside(work, opened, traced.slots, form) if traced.slots else ""
-        done = _done(made, work, form, opset, traced.slots, agreed, note)
+        agreed = _agreement(main, working, traced, contrib=written == "contrib")
+        note = _beside(work, opened, traced.slots, written) if traced.slots else ""
+        done = _done(made, work, written, opset, traced.slots, agreed, note)
         work.publish_file() if out.suffix == ".onnx" else work.publish()
     tell("done", 3, 3)
     return done
@@ -155,7 +155,7 @@ def _fits(form: str, slots: tuple[Slot, ...]) -> None:
         raise Refused(
             "onnx",
             "its class computes its attention itself and is shown heads expanded from the latent at every step",
-            "nothing that is cached is expanded in a file of ours; GQA(kv_heads) of the same model can be written",
+            "nothing that is cached is expanded in a file of ours: the original model can be written, this one not",
         )
 
 
@@ -281,7 +281,3 @@ def _done(
         runs=agreed.runs,
         note=note,
     )
-
-
-RUNTIME = onnxruntime.__version__
-"""The version that files are checked with."""

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir
-from onnxscript import opset23 as op
-from onnxscript import script, values
+from onnxscript import opset23, script, values
 
 DOMAIN, VERSION = "reattn", 1
 _domain = values.Opset(DOMAIN, VERSION)
+op: Any = opset23
 
-# onnxscript reads the source of these functions: their arguments are ONNX values, and they have no annotations
+# onnxscript reads the source of these functions, whose arguments are values of the graph: no annotation would be true
 
 
 @script(_domain, default_opset=op)
-def LatentScores(query, latent, read):  # type: ignore[no-untyped-def]  # noqa: D103, N802
-    # query (batch, heads, tokens, dim), latent (batch, 1, past, rank), read (heads, rank, dim)
-    # -> (batch, heads, tokens, past): the heads stand as rows over the one latent
+def LatentScores(query, latent, read):  # pyright: ignore
+    """(batch, heads, tokens, past) of query (batch, heads, tokens, dim), latent (batch, 1, past, rank) and
+    read (heads, rank, dim): the heads stand as rows over the one latent."""
     absorbed = op.MatMul(query, op.Transpose(read, perm=[0, 2, 1]))
     rows = op.Reshape(absorbed, op.Concat(op.Constant(value_ints=[0, 1, -1]), op.Shape(latent, start=3), axis=0))
     scores = op.MatMul(rows, op.Transpose(latent, perm=[0, 1, 3, 2]))
@@ -27,17 +27,17 @@ def LatentScores(query, latent, read):  # type: ignore[no-untyped-def]  # noqa: 
 
 
 @script(_domain, default_opset=op)
-def RopeScores(turned, rope_key):  # type: ignore[no-untyped-def]  # noqa: D103, N802
-    # turned (batch, heads, tokens, width), rope_key (batch, 1, past, width) -> (batch, heads, tokens, past)
+def RopeScores(turned, rope_key):  # pyright: ignore
+    """(batch, heads, tokens, past) of turned (batch, heads, tokens, width) and rope_key (batch, 1, past, width)."""
     rows = op.Reshape(turned, op.Concat(op.Constant(value_ints=[0, 1, -1]), op.Shape(rope_key, start=3), axis=0))
     scores = op.MatMul(rows, op.Transpose(rope_key, perm=[0, 1, 3, 2]))
     return op.Reshape(scores, op.Concat(op.Shape(turned, start=0, end=3), op.Constant(value_ints=[-1]), axis=0))
 
 
 @script(_domain, default_opset=op)
-def LatentValues(shares, latent, up):  # type: ignore[no-untyped-def]  # noqa: D103, N802
-    # shares (batch, heads, tokens, past), latent (batch, 1, past, rank), up (heads, dim, rank)
-    # -> (batch, heads, tokens, dim): the latent is summed first and expanded after, for the new tokens alone
+def LatentValues(shares, latent, up):  # pyright: ignore
+    """(batch, heads, tokens, dim) of shares (batch, heads, tokens, past), latent (batch, 1, past, rank) and
+    up (heads, dim, rank): the latent is summed first and expanded after, for the new tokens alone."""
     past = op.Shape(latent, start=2, end=3)
     rows = op.Reshape(shares, op.Concat(op.Constant(value_ints=[0, 1, -1]), past, axis=0))
     sums = op.MatMul(rows, latent)

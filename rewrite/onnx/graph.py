@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    RemoveUnusedNodesPass,
+)
 
 from rewrite.errors import Refused
 from rewrite.onnx.functions import DOMAIN, define
@@ -21,6 +25,8 @@ REPEAT = frozenset({"Expand", "Tile", "Gather", "GatherND", "GatherElements"})
 def finish(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> None:
     """Put what the exporter made into shape: equal parts once, the functions that are called, the axes' names."""
     CommonSubexpressionEliminationPass()(model)
+    # a copy between an operator and an output would keep it from writing in place
+    IdentityEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     # what is written by hand may be newer than what the exporter knows; the older operators stand unchanged in it
     model.opset_imports[""] = opset
@@ -64,7 +70,9 @@ def foreign(model: ir.Model) -> set[str]:
     defined = {(domain, name) for domain, name, _ in model.functions}
     nodes = [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]
     return {
-        f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in ("", "ai.onnx") and (n.domain, n.op_type) not in defined
+        f"{n.domain}::{n.op_type}"
+        for n in nodes
+        if n.domain not in ("", "ai.onnx") and (n.domain, n.op_type) not in defined
     }
 
 
@@ -116,5 +124,5 @@ def require(model: ir.Model, shapes: dict[str, dict[int, str]], *, contrib: bool
         raise Refused(
             "onnx",
             f"its class computes its attention itself, and {again}",
-            "a file of ours repeats nothing that is cached: the class has to ask for its kernel by name",
+            "a file of ours repeats nothing that is cached: with as many kv heads as query heads it can be written",
         )

@@ -1,9 +1,9 @@
 """Decoding with a file of ours: numpy and onnxruntime alone, no torch.
 
-    from rewrite.onnx.run import Decoder, generate
-    tokens = generate(Decoder("model.onnx"), [[464, 2068, 7586]], 100)
+from rewrite.onnx.run import Decoder, generate
+tokens = generate(Decoder("model.onnx"), [[464, 2068, 7586]], 100)
 
-    python -m rewrite.onnx.run model.onnx --new 100 464 2068 7586
+python -m rewrite.onnx.run model.onnx --new 100 464 2068 7586
 """
 
 from __future__ import annotations

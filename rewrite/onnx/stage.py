@@ -1,5 +1,5 @@
-"""A model with our attention in place of its own, for as long as it is traced: what its modules hand to their kernel and
-what that kernel is to be is asked of the model by running it, never looked up."""
+"""A model with our attention in place of its own, for as long as it is traced. What it caches, and whether it reads
+that as it is, is asked of the model by running it, never looked up."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Stage:
         """The cache's layer that is read; None where nothing is cached."""
         if self.cache is None:
             return None
-        for at, layer in enumerate(self.cache.layers):
+        for at, layer in enumerate(self._layers()):
             if layer.keys is key:
                 self.seen[at] = None
                 return layer
@@ -79,24 +79,30 @@ class Stage:
                 "nothing that is cached is expanded in a file of ours: convert(model, MLA(cache=1.0), emit='own') "
                 "gives a latent model in absorbed form, without loss",
             )
+        if self.form == "contrib":
+            raise Refused(
+                "onnx",
+                f"{type(module).__name__} changes what its cache gives it, so no operator can take the cache as it is",
+                "form 'shared' writes in place too",
+            )
         return None
 
+    def _layers(self) -> list[Any]:
+        return [] if self.cache is None else list(self.cache.layers)
+
     def _filled(self) -> list[Any]:
-        layers: list[Any] = [] if self.cache is None else list(self.cache.layers)
-        return [layer for layer in layers if layer.keys is not None]
+        return [layer for layer in self._layers() if layer.keys is not None]
 
     def _found(self, held: Tensor) -> tuple[int, Any]:
-        layers: list[Any] = [] if self.cache is None else list(self.cache.layers)
-        for at, layer in enumerate(layers):
+        for at, layer in enumerate(self._layers()):
             if layer.keys is held:
                 return at, layer
         raise Refused("onnx", "a latent is read that lies in no cache", "give the model in evaluation mode")
 
     def slots(self) -> list[Slot]:
         """What each layer caches, after a run with an ordinary cache."""
-        layers: list[Any] = [] if self.cache is None else list(self.cache.layers)
         found: list[Slot] = []
-        for at, layer in enumerate(layers):
+        for at, layer in enumerate(self._layers()):
             if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (layer.keys, layer.values)):
                 raise Refused(
                     "onnx",
@@ -131,29 +137,41 @@ def _additive(mask: Tensor | None, kind: torch.dtype) -> Tensor | None:
     return torch.where(mask, torch.zeros((), dtype=kind), torch.finfo(kind).min)
 
 
+SETTINGS = {"_attn_implementation_internal": KERNEL, "_experts_implementation_internal": "batched_mm"}
+"""What a config says while its model is traced. Experts in one product: the others look at what each is given."""
+
+
 @contextmanager
 def staged(model: nn.Module, stage: Stage) -> Generator[None]:
     """The model computes its attention by `stage`, in evaluation mode, without gradients; then all is as it was."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "to_dict")}
-    for config in list(configs.values()):
-        nested = (v for n, v in vars(config).items() if hasattr(v, "to_dict") and not n.startswith("_"))
-        configs |= {id(v): v for v in nested}
-    names = [(c, getattr(c, "_attn_implementation_internal", None)) for c in configs.values()]
+    before = [(c, n, v) for c in _configs(model) for n in SETTINGS if (v := getattr(c, n, None)) is not None]
     flags = [(m, m.training) for m in model.modules()]
     AttentionInterface.register(KERNEL, stage.attend)
     AttentionMaskInterface.register(KERNEL, eager_mask)
     model.eval()
     try:
-        for config, _ in names:
-            config._attn_implementation_internal = KERNEL
+        for config, name, _ in before:
+            setattr(config, name, SETTINGS[name])
         with torch.no_grad():
             yield
     finally:
         AttentionInterface.register(KERNEL, _gone)
-        for config, name in names:
-            config._attn_implementation_internal = name
+        for config, name, value in before:
+            setattr(config, name, value)
         for module, training in flags:
             module.training = training
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config that a module of the model reads, and those nested in them."""
+    found: dict[int, Any] = {}
+    todo: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    while todo:
+        config = todo.pop()
+        if hasattr(config, "to_dict") and id(config) not in found:
+            found[id(config)] = config
+            todo += [v for n, v in vars(config).items() if not n.startswith("_")]
+    return list(found.values())
 
 
 def _gone(*_: Any, **__: Any) -> Any:

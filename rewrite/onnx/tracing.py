@@ -48,7 +48,7 @@ class Decoding(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[list[Tensor]]) -> Any:
         """One step: any number of new tokens behind any number of cached ones."""
         filled = attention_mask.shape[1] - input_ids.shape[1]
-        layers = [self._layer(slot, held, filled) for slot, held in zip(self.slots, past, strict=True)]
+        layers: list[Any] = [self._layer(slot, held, filled) for slot, held in zip(self.slots, past, strict=True)]
         self.stage.cache = Cache(layers=layers)
         more = {"position_ids": position_ids} if self.positions else {}
         out = self.model(
@@ -57,9 +57,9 @@ class Decoding(nn.Module):
         return out.logits, [layer.held for layer in layers]
 
     def _layer(self, slot: Slot, held: list[Tensor], filled: Any) -> Grown:
-        if self.stage.form == "matmul" or self.stage.form == "attention":
-            return Grown(slot, held)
-        return (Written if self.stage.form == "shared" else Handed)(slot, held, filled)
+        if self.stage.form == "shared":
+            return Written(slot, held, filled)
+        return Handed(slot, held, filled) if self.stage.form == "contrib" else Grown(slot, held)
 
 
 class Plain(nn.Module):

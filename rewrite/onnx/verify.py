@@ -54,18 +54,25 @@ def check_decoding(path: Path, model: Any, slots: Sequence[Slot], *, contrib: bo
     for padding, steps in (PADDED, SINGLE):
         if contrib and len(padding) > 1:  # the operator takes several new tokens behind a past of one row alone
             steps = (steps[0], *(1 for n in steps[1:] for _ in range(n)))
-        decoder.reset()
-        cache, kind = DynamicCache(), next(p.dtype for p in model.parameters() if p.is_floating_point())
-        for ids, mask in _tokens(padding, steps, int(model.config.get_text_config().vocab_size)):
-            got = decoder.step(ids.numpy(), mask.numpy())
-            wanted = _torch_step(model, ids, mask, cache)
-            fresh = mask[:, -ids.shape[1] :].bool()
-            where = f"{len(ids)} rows, {ids.shape[1]} new tokens, {mask.shape[1] - ids.shape[1]} cached"
-            found.append(_same("logits", got[fresh.numpy()], wanted[fresh].numpy(), kind, where))
-        real = mask.bool().numpy()
-        for name, ours, theirs in _held(decoder, cache, slots):
-            found.append(_same(name, ours.swapaxes(1, 2)[real], theirs.swapaxes(1, 2)[real], kind, where))
+        found.append(_text(decoder, model, slots, padding, steps))
     return Agreement(max(found), len(PADDED[1]) + len(SINGLE[1]))
+
+
+def _text(decoder: Decoder, model: Any, slots: Sequence[Slot], padding: Sequence[int], steps: Sequence[int]) -> float:
+    """The largest difference over one text, taken in by these steps; at its end all that is cached is compared."""
+    decoder.reset()
+    cache, kind = DynamicCache(), next(p.dtype for p in model.parameters() if p.is_floating_point())
+    worst, where, real = 0.0, "", np.zeros(0, bool)
+    for ids, mask in _tokens(padding, steps, int(model.config.get_text_config().vocab_size)):
+        got = decoder.step(ids.numpy(), mask.numpy())
+        wanted = _torch_step(model, ids, mask, cache)
+        real = mask.bool().numpy()
+        fresh = real[:, -ids.shape[1] :]
+        where = f"{len(ids)} rows, {ids.shape[1]} new tokens, {mask.shape[1] - ids.shape[1]} cached"
+        worst = max(worst, _same("logits", got[fresh], wanted.numpy()[fresh], kind, where))
+    for name, ours, theirs in _held(decoder, cache, slots):
+        worst = max(worst, _same(name, ours.swapaxes(1, 2)[real], theirs.swapaxes(1, 2)[real], kind, where))
+    return worst
 
 
 def _tokens(padding: Sequence[int], steps: Sequence[int], vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,8 +95,8 @@ def _torch_step(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> T
 
 
 def _held(decoder: Decoder, cache: DynamicCache, slots: Sequence[Slot]) -> Iterator[tuple[str, Array, Array]]:
-    at = 0
-    for layer, slot in zip(cache.layers, slots, strict=True):
+    at, layers = 0, list[Any](cache.layers)
+    for layer, slot in zip(layers, slots, strict=True):
         parts: list[Any] = [layer.keys, layer.values]
         if slot.rank is not None:
             parts = [parts[0][..., : slot.rank], parts[0][..., slot.rank :]]
