@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         strided,
         window,
     )
+    from rewrite.onnx.export import export_onnx
 
 __all__ = [
     "GQA",
@@ -52,6 +53,7 @@ __all__ = [
     "convert",
     "dilated",
     "documents",
+    "export_onnx",
     "global_",
     "longformer",
     "neighbourhood",
@@ -66,7 +68,7 @@ __all__ = [
 
 _API = ("BlockSparse", "GQA", "MLA", "check", "convert", "plan")
 _HOME = dict.fromkeys(_API, "rewrite.api") | {"ReattnError": "rewrite.errors"}
-_HOME |= {"Alibi": "rewrite.attend", "attention": "rewrite.attend"}
+_HOME |= {"Alibi": "rewrite.attend", "attention": "rewrite.attend", "export_onnx": "rewrite.onnx.export"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command `reattn plan | convert | check`: tables on stdout, progress and errors on stderr.
+"""The command `reattn plan | convert | check | export`: tables on stdout, progress and errors on stderr.
 
 Exit codes: 0 done, 1 check failed, 2 usage, 3 refused or nothing converted, 4 memory or disk. Nothing heavy is
 imported before there is work to do, so help is instant.
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line; options are in four groups: what, where, limits, dangerous."""
     top = _Parser(prog="reattn", description=__doc__.splitlines()[0] if __doc__ else None)
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (_add_plan, _add_convert, _add_check):
+    for add in (_add_plan, _add_convert, _add_check, _add_export):
         add(verbs)
     return top
 
@@ -169,8 +169,31 @@ def _add_check(verbs: Any) -> None:
     where = verb.add_argument_group("Where")
     where.add_argument("--text", metavar="FILE", type=Path, help="text to measure perplexity on")
     _limits(verb.add_argument_group("Limits"))
+    _trust(verb)
+
+
+def _add_export(verbs: Any) -> None:
+    verb = _verb(verbs, "export", run_export, "write a model as ONNX and run it against torch before it is there")
+    what = verb.add_argument_group("What")
+    what.add_argument("model", metavar="MODEL", type=Path, help="a folder, converted or not")
+    what.add_argument(
+        "--form",
+        choices=("auto", "matmul", "attention", "shared", "contrib"),
+        default="auto",
+        help="how attention is written",
+    )
+    what.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="type of the weights (float32)"
+    )
+    verb.add_argument_group("Where").add_argument(
+        "out", metavar="OUT", type=Path, help="a file that ends in .onnx, or a folder; it must not exist"
+    )
+    _trust(verb)
+
+
+def _trust(verb: argparse.ArgumentParser) -> None:
     verb.add_argument_group("Dangerous").add_argument(
-        "--trust-remote-code", action="store_true", help="run the modelling file that lies in OUT"
+        "--trust-remote-code", action="store_true", help="run the modelling file that lies in the folder"
     )
 
 
@@ -274,6 +297,23 @@ def run_check(options: argparse.Namespace) -> tuple[str, int]:
     result = "FAILED: " + "; ".join(checked.failures) if checked.failures else held
     text = to_json(checked) if options.json else f"{checked.text()}\n\nresult   {result}"
     return text, int(bool(checked.failures))
+
+
+def run_export(options: argparse.Namespace) -> tuple[str, int]:
+    """`reattn export`: what was written."""
+    from rewrite.checkpoint import require_checkpoint
+    from rewrite.folder import refuse_output
+    from rewrite.progress import progress
+
+    require_checkpoint(options.model)
+    refuse_output(options.out, options.model)
+    _api()
+    from rewrite.onnx.export import export_onnx
+
+    given = {"form": options.form, "dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    with progress() as tell:
+        done = export_onnx(options.model, options.out, **given, progress=tell)
+    return (done.json() if options.json else done.text()), 0
 
 
 def _targets(words: Sequence[str]) -> tuple[Any, ...]:

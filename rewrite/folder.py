@@ -44,7 +44,18 @@ class Draft:
             target = self.out.with_name(f"{self.out.name}.failed-{count}")
         return self._rename(target)
 
-    def _rename(self, target: Path) -> Path:
+    def publish_file(self) -> Path:
+        """The draft's file of the name of `out` becomes `out`, after all that it needs beside it."""
+        self._settle()
+        paths = sorted(self.path.iterdir(), key=lambda p: (p.name == self.out.name, p.name))
+        for path in paths:
+            if (target := self.out.with_name(path.name)).exists():
+                raise _exists(target)
+            os.rename(path, target)
+        sync(self.out.absolute().parent)
+        return self.out
+
+    def _settle(self) -> None:
         # the libraries that write weights leave files that only the owner reads; ours get what the umask gives
         mode = (self.partial / _MARK).stat().st_mode & 0o777
         for path in sorted(self.path.rglob("*")):
@@ -52,6 +63,9 @@ class Draft:
                 path.chmod(mode)
             sync(path)
         sync(self.path)
+
+    def _rename(self, target: Path) -> Path:
+        self._settle()
         if target.exists():  # made by someone else while we worked; a rename would replace an empty folder
             raise _exists(target)
         os.rename(self.path, target)

@@ -34,7 +34,7 @@ def save(made: Any, opened: Opened, report: Report, out: Path) -> Path:
         made.save_pretrained(work.path)
         for_older_readers(work.path)
         if opened.folder is not None:
-            _copy_beside(opened.folder, work.path)
+            copy_beside(opened.folder, work.path)
         elif opened.tokenizer is not None:
             opened.tokenizer.save_pretrained(work.path)
         write_card(work.path, report, _licence(opened.folder))
@@ -42,7 +42,8 @@ def save(made: Any, opened: Opened, report: Report, out: Path) -> Path:
         return work.fail() if failed else work.publish()
 
 
-def _copy_beside(source: Path, target: Path) -> None:
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy the files that belong to a model and that no conversion changes."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name.startswith(BESIDE) and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)

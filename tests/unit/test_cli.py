@@ -22,6 +22,7 @@ GROUPS = {
         "Limits": {"--max-loss", "--seed"},
         "Dangerous": {"--trust-remote-code"},
     },
+    "export": {"What": {"MODEL", "--form", "--dtype"}, "Where": {"OUT"}, "Dangerous": {"--trust-remote-code"}},
 }
 
 

@@ -167,7 +167,13 @@ class Rebuilt(Latent):
         return out
 
     def keys(self, c: Tensor, start: int, last: Any) -> Tensor:
-        """(batch, h, tokens, d): keys of some held tokens, the first of which stands at `start` among all that are
+        """(batch, h, tokens, d): `grouped_keys`, one for every query head."""
+        k = self.grouped_keys(c, start, last)
+        groups = self.heads // k.shape[1]
+        return k.repeat_interleave(groups, 1) if groups > 1 else k
+
+    def grouped_keys(self, c: Tensor, start: int, last: Any) -> Tensor:
+        """(batch, g, tokens, d): keys of some held tokens, the first of which stands at `start` among all that are
         held; the call's last query stands at `last`. Tokens are taken to follow one another without gaps."""
         k = torch.einsum("bsr,gdr->bgsd", c, self.up_k)
         k = k if self.norm is None else self.norm.normed(k)
@@ -179,8 +185,7 @@ class Rebuilt(Latent):
             near, far = (cos[:, -1:], sin[:, -1:]), (angle.cos(), angle.sin())
             cos, sin = near[0] * far[0] - near[1] * far[1], near[1] * far[0] + near[0] * far[1]
             k = self._turn(k, cos[:, None].to(k.dtype), sin[:, None].to(k.dtype))
-        groups = self.heads // k.shape[1]
-        return k.repeat_interleave(groups, 1) if groups > 1 else k
+        return k
 
     def expanded(self, q: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(q, k, v) head by head, all turned."""

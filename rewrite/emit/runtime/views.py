@@ -12,6 +12,8 @@ from transformers import Cache, EncoderDecoderCache
 def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:
     """Heads of x (batch, heads, tokens, dim) by number; the regular cases without an index tensor."""
     n = len(heads)
+    if heads == tuple(range(x.shape[1])):
+        return x
     distinct = max(heads) + 1
     if n > distinct and n % distinct == 0 and heads == tuple(i // (n // distinct) for i in range(n)):
         return x[:, :, None].expand(-1, -1, n // distinct, -1, -1).flatten(1, 2)

@@ -1,0 +1,57 @@
+"""Models as ONNX files: the text that ONNX Runtime writes is torch's, and what it caches is what the plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rewrite import GQA, MLA, convert, export_onnx, plan
+from rewrite.emit.validate import greedy
+from rewrite.onnx.run import Decoder, generate
+
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+TOKENS = 100
+TARGETS = {"gqa": GQA(2, polish=0), "mla": MLA(cache=0.25)}
+STANDARD = {"", "ai.onnx"}
+
+
+def custom(path: Path) -> set[str]:
+    """Operators of the file, and of its functions, that neither ONNX nor the file defines."""
+    model = onnx.load(str(path))
+    defined = {(f.domain, f.name) for f in model.functions}
+    nodes = [*model.graph.node, *(n for f in model.functions for n in f.node)]
+    return {
+        f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in STANDARD and (n.domain, n.op_type) not in defined
+    }
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_a_hundred_tokens_are_those_of_torch(kind: str, name: str, tmp_path: Path) -> None:
+    source: Any = AutoModelForCausalLM.from_pretrained(MODELS / kind, dtype=torch.float32).eval()
+    target: Any = TARGETS[name]
+    planned = sum(row.cache_after for row in plan(source, target).sites)
+    assert planned <= sum(row.cache_before for row in plan(source, target).sites) / 2.99
+    made: Any = convert(source, target, check=False, emit="own").eval()
+    path = tmp_path / "model.onnx"
+    done = export_onnx(made, path)
+
+    given = AutoTokenizer.from_pretrained(MODELS / kind)("def read_lines(path):\n", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        wanted = greedy(made, {"input_ids": given, "attention_mask": torch.ones_like(given)}, TOKENS)
+    decoder = Decoder(path, threads=1)
+    assert np.array_equal(generate(decoder, given.numpy(), TOKENS), wanted.sequences.numpy())
+
+    seen = given.shape[1] + TOKENS - 1  # the last token is written, and not read
+    assert sum(held.numpy().nbytes for held in decoder.held) == decoder.cache_bytes == 4 * seen * planned
+    assert sum(done.cache) == sum(decoder.numbers) == planned
+    assert custom(path) == set()
+    assert done.worst < 1e-5
+    functions = {f.name for f in onnx.load(str(path), load_external_data=False).functions}
+    assert ("LatentScores" in functions) == (name == "mla")
