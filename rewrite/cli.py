@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(text.rstrip("\n") + "\n")
         return code
     except KeyboardInterrupt:
-        print("stopped; nothing is left under the requested name, and the same command starts again", file=sys.stderr)
+        print("stopped; nothing is left under the requested name, and the same command goes on", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debug:
@@ -155,6 +155,8 @@ def _add_convert(verbs: Any) -> None:
         default=None,
         help="tokens a window (the model's context)",
     )
+    limits.add_argument("--memory", metavar="SIZE", help="go site by site and hold at most this: 4GB (80%% of free)")
+    limits.add_argument("--restart", action="store_true", help="discard what an interrupted run has finished")
     _limits(limits)
     verb.add_argument_group("Dangerous").add_argument(
         "--no-check", action="store_true", help="write the result without measuring what was lost"
@@ -234,6 +236,8 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
             check=not options.no_check,
             tune=options.tune,
             emit=options.emit,
+            memory=options.memory,
+            resume=not options.restart,
             only=options.only,
             skip=options.skip,
             out=options.out,
