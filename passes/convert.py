@@ -19,6 +19,7 @@ from rewrite.heads import Rewritten
 from rewrite.layout import expanded, gather
 from rewrite.program import Program
 from rewrite.site import Site, Tensors
+from rewrite.threads import one_thread
 
 Progress = Callable[[str, int, int], None]
 """Told the site's name, how many are done and how many there are."""
@@ -98,7 +99,10 @@ def convert_alone(
     for done, site in enumerate(sites):
         if site.name not in changes:
             progress(site.name, done, len(sites))
-            changes[site.name] = Change(site, _rewrite(site, targets[site.name], tensors, None), None)
+            # alone means that another number of threads, or a run shared by processes, gives the same bytes
+            with one_thread():
+                made = _rewrite(site, targets[site.name], tensors, None)
+            changes[site.name] = Change(site, made, None)
 
 
 def _rewrite(site: Site, target: Target, tensors: Tensors, stats: Stats | None) -> Rewritten:

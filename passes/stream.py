@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 from torch import dtype
 from transformers import PreTrainedModel
@@ -32,6 +34,7 @@ from rewrite.journal import Journal
 from rewrite.machine import anonymous, this_machine
 from rewrite.opened import Opened
 from rewrite.program import Program
+from rewrite.ranks import Ranks, here
 from rewrite.shards import Source, lay_out, write_shards
 from rewrite.short import fill, in_float, kinds, shortened
 from rewrite.site import Output, Site
@@ -93,11 +96,14 @@ def _no_folder() -> Checkpoint:
     raise Refused("stream", "only a folder can be converted piece by piece", "save the model first")
 
 
-def stream(job: Job, work: Draft, tell: Progress) -> Streamed:
-    """Convert what is not converted yet, then write what is not written yet."""
+def stream(job: Job, work: Draft, tell: Progress, ranks: Ranks) -> Streamed | None:
+    """Convert what is not converted yet, then write what is not written yet; None where another process writes."""
     held = job.held()
     changes = SavedChanges(Journal(work.journal), {s.name: s for s in job.sites})
-    convert_alone(job.sites, job.targets, in_float(held), changes, tell)
+    convert_alone(ranks.mine(job.sites), job.targets, in_float(held), changes, tell)
+    ranks.meet()
+    if not ranks.first:
+        return None
     planned, errors, notes = _summed(job.plan, changes)
     large, planned = emit_large(job.program, _short(job, held), changes, planned, job.how, held)
     layout = lay_out(large, job.model, held)
@@ -150,10 +156,30 @@ def limit_of(memory: str | None) -> int:
     return int(float(digits) * scale)
 
 
+def streams(folder: Path, limit: int, memory: str | None, calibration: Any) -> bool:
+    """Whether a conversion from folder to folder goes piece by piece: the model does not fit, or it was asked for."""
+    large, several = too_large(folder, limit), here().count > 1
+    if calibration is None:
+        return large or several or memory is not None
+    if large or several:
+        why = f"which takes more than {size(limit)}" if large else "which one process does"
+        raise Refused(
+            "stream",
+            f"calibration holds the whole model in float32 beside its copy, {why}",
+            f"needs about {size(_in_memory(folder))}: --memory, or one process, on a machine with as much",
+            "or leave --calibrate away: from the weights alone a conversion goes site by site in any memory",
+        )
+    return False
+
+
 def too_large(folder: str | Path, limit: int) -> bool:
-    """Whether a model and its copy in float32, as a conversion in memory holds them, are more than the limit."""
+    """Whether a conversion in memory, with the model and its copy in float32, needs more than the limit."""
+    return _in_memory(folder) > limit
+
+
+def _in_memory(folder: str | Path) -> int:
     held = open_checkpoint(Path(folder))
-    return held is not None and BASE_MEMORY + 8 * held.parameters > limit
+    return BASE_MEMORY + 8 * (0 if held is None else held.parameters)
 
 
 def require_job(job: Job) -> None:
@@ -179,24 +205,24 @@ def require_named(job: Job) -> None:
 
 def require_memory(job: Job) -> None:
     """Raise where the largest step needs more than the limit."""
-    base = anonymous()
     largest = max(job.sites, key=_numbers)
+    short = shortened(job.model, _near(job.sites))
     steps = {
         f"largest site: {largest.name}": SITE * _numbers(largest),
-        "its first layers, run to prove the form": SHORT * sum(p.numel() for p in shortened(job.model, _near(job.sites)).parameters()),
+        "its first layers, run to prove the form": SHORT * sum(p.numel() for p in short.parameters()),
     }
     step = max(steps, key=lambda name: steps[name])
-    needed = base + steps[step]
+    needed, free = anonymous() + steps[step], this_machine(Path.cwd()).memory
     if needed > job.limit:
         raise OutOfSpace(
             "memory",
             f"needs {size(needed)}, the limit is {size(job.limit)} ({step}: {size(steps[step])})",
-            f"--memory {needed / 1e9:.1f}GB" if needed <= this_machine(Path.cwd()).memory else "use a larger machine",
+            f"--memory {ceil(needed / 1e8) / 10:g}GB" if needed <= free else "a larger machine is needed",
         )
 
 
 def _numbers(site: Site) -> int:
     """Numbers in the matrices of a site."""
-    return sum(r.rows * r.columns for o in (site.q, site.k, site.v) for r in o.roots) + (
-        site.out.root.rows * site.out.root.columns if isinstance(site.out, Output) else 0
-    )
+    roots = [r for o in (site.q, site.k, site.v) for r in o.roots]
+    roots += [site.out.root] if isinstance(site.out, Output) else []
+    return sum(r.rows * r.columns for r in roots)

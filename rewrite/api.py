@@ -21,20 +21,20 @@ from passes.mla import MLA
 from passes.plan import Plan, make_plan, no_attention, require_space
 from passes.sizes import describe
 from passes.spread import open_shares, settled, words
-from passes.stream import Job, limit_of, require_job, stream, too_large
+from passes.stream import Job, limit_of, require_job, stream, streams, too_large
 from passes.tune import Tuning
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
 from rewrite.compare import check as compare
 from rewrite.errors import BadUsage
-from rewrite.folder import draft, refuse_output
+from rewrite.folder import draft, joined, refuse_output
 from rewrite.opened import Opened, open_folder, open_model
 from rewrite.program import Program
+from rewrite.ranks import here, together
 from rewrite.report import Calibration, Checked, Report
 from rewrite.save import finish, made_by, refuse_saving, save, save_config
 from rewrite.site import Site
 from rewrite.spell import spell
-from rewrite.table import size
 
 TARGETS: tuple[type[Any], ...] = (GQA, MLA)
 """Every target that can be asked for, by the command line too."""
@@ -94,7 +94,8 @@ def convert(
     class of the library that engines load ("stock"), in the model's own class ("own"), or whichever fits ("auto").
     `memory` ("4GB") is the most that a conversion from folder to folder may hold: it then goes site by site and shard
     by shard, as it does where the model is too large for 80 % of what is free, and gives a `Written`. What an earlier
-    such run has finished is taken up, unless `resume` is False.
+    such run has finished is taken up, unless `resume` is False. Under torchrun sites are shared out; None is what all
+    processes but the first get.
     Raises where no site can be converted; a failed check is told by the report, and names the folder `out.failed`.
     """
     asked = _one(target)
@@ -102,11 +103,12 @@ def convert(
         raise BadUsage("usage", "no target was given", "name one: GQA(kv_heads)")
     if tune and calibration is None:
         raise BadUsage("usage", f"tuning takes {tune} steps on the calibration, and none was given", "give calibration")
-    if out is not None:
-        refuse_output(Path(out), Path(model) if isinstance(model, (str, Path)) else None)
+    source = Path(model) if isinstance(model, (str, Path)) else None
+    if out is not None and here().first:
+        refuse_output(Path(out), source)
     tell, limit = progress or _silent, limit_of(memory)
-    streamed = out is not None and isinstance(model, (str, Path)) and (memory is not None or too_large(model, limit))
-    opened = open_folder(Path(model)) if streamed else open_model(model)
+    streamed = out is not None and source is not None and streams(source, limit, memory, calibration)
+    opened = open_folder(source) if streamed and source is not None else open_model(model)
     if out is not None:
         refuse_saving(opened.working)
     windows = Windows(length or opened.context, samples)
@@ -148,7 +150,7 @@ class _Checking:
 
 def _stream(
     step: _Step, opened: Opened, out: Path, limit: int, tell: Tell, checking: _Checking | None, *, resume: bool
-) -> Written:
+) -> Written | None:
     """The pipeline from folder to folder: nothing that is as large as the model is held."""
     program = capture(opened.working, step.inputs, dynamic=False)
     found = find(program.static)
@@ -158,18 +160,29 @@ def _stream(
     job = Job(program, found, step.targets(program, found), planned, step.how, opened, limit)
     require_job(job)
     seed = 0 if checking is None else checking.seed
-    with draft(out, opened.folder, key=step.key(seed), restart=not resume) as work:
-        made = stream(job, work, tell)
-        save_config(made.large.model, made.types, work)
-        notes, checked = [*made.notes], None
-        if checking is not None and too_large(opened.label, limit):
-            notes.append(f"not checked: both models take more memory than {size(limit)}")
-        elif checking is not None:
-            c, both = checking, open_model(opened.label)
-            new = open_model(work.path, trust_remote_code=True).working
-            checked = _check(both, new, c.text, c.inputs, c.max_loss, c.seed, tell, None)
-        report = step.report(made.plan, None, made.errors, notes, checked, seed)
-        return Written(*finish(work, opened, report, made.hashes))
+    with together() as ranks:
+        mine = draft(out, opened.folder, key=step.key(seed), restart=not resume) if ranks.first else joined(out)
+        with mine as work:
+            ranks.meet()
+            made = stream(job, work, tell, ranks)
+            if made is None:
+                return None
+            save_config(made.large.model, made.types, work)
+            checked, notes = _check_written(opened, work.path, checking, limit, tell)
+            report = step.report(made.plan, None, made.errors, [*made.notes, *notes], checked, seed)
+            return Written(*finish(work, opened, report, made.hashes))
+
+
+def _check_written(
+    opened: Opened, made: Path, checking: _Checking | None, limit: int, tell: Tell
+) -> tuple[Checked | None, list[str]]:
+    """What the files say when they are loaded, where both models fit; and why they were not."""
+    if checking is None:
+        return None, []
+    if too_large(opened.label, limit):
+        return None, ["not checked: both models together take more memory than was allowed"]
+    c, new = checking, open_model(made, trust_remote_code=True).working
+    return _check(open_model(opened.label), new, c.text, c.inputs, c.max_loss, c.seed, tell, None), []
 
 
 def check(

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # libraries print where they like; stdout is for the result alone
         with redirect_stdout(sys.stderr):
             text, code = run(options)
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.write(text.rstrip("\n") + "\n" if text else "")
         return code
     except KeyboardInterrupt:
         print("stopped; nothing is left under the requested name, and the same command goes on", file=sys.stderr)
@@ -217,11 +217,13 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
     from rewrite.checkpoint import require_checkpoint
     from rewrite.folder import refuse_output
     from rewrite.progress import progress
+    from rewrite.ranks import here
 
     if options.max_loss is not None and (options.text is None or options.no_check):
         raise BadUsage("usage", "--max-loss is a limit on perplexity", "it needs --text FILE, and no --no-check")
     require_checkpoint(options.model)
-    refuse_output(options.out, options.model)
+    if here().first:
+        refuse_output(options.out, options.model)
     for path in (options.calibrate, options.text):
         _readable(path)
     targets = _targets(options.to)
@@ -245,6 +247,8 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
             seed=options.seed,
             progress=tell,
         )
+    if made is None:  # another process of this run writes and tells
+        return "", 0
     report = made.rewrite_report
     failed = report.checked is not None and bool(report.checked.failures)
     if failed:

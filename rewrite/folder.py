@@ -2,10 +2,10 @@
 
     out.partial/reattn-partial   the mark: this folder is ours, so a later run may clear it
     out.partial/whole/...        what becomes `out` (or `out.failed`) in one rename
-    out.partial/journal/...      what a long conversion has finished (rewrite/journal.py), and `key`, which says of what
+    out.partial/journal/...      what a long conversion has finished (rewrite/journal.py), and of which (`key`)
 
-A process that dies at any point leaves nothing named `out`; the next one clears `out.partial` and starts again, or, where
-it is the same conversion, goes on from its journal. The folder's own lock tells a dead writer from a living one.
+A process that dies at any point leaves nothing named `out`; the next one clears `out.partial` and starts again, or goes
+on from its journal where it is the same conversion. The folder's own lock tells a dead writer from a living one.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def refuse_output(out: Path, source: Path | None = None) -> None:
 
 
 @contextmanager
-def draft(
-    out: Path, source: Path | None = None, *, key: str = "", restart: bool = False
-) -> Generator[Draft]:
+def draft(out: Path, source: Path | None = None, *, key: str = "", restart: bool = False) -> Generator[Draft]:
     """A `Draft` for `out`, locked against other processes; what is not published is gone at the end.
 
     With a `key`, a text that says which conversion this is, what is not published stays: the next draft with this key
@@ -131,9 +129,10 @@ def draft(
         os.close(lock)
 
 
-def joined(out: Path) -> Draft:
-    """The draft that another process of this run has opened."""
-    return Draft(out, _partial(out), _partial(out) / _WHOLE)
+@contextmanager
+def joined(out: Path) -> Generator[Draft]:
+    """The draft that another process of this run opens."""
+    yield Draft(out, _partial(out), _partial(out) / _WHOLE)
 
 
 def _settle(out: Path, partial: Path, key: str, restart: bool) -> None:

@@ -58,8 +58,10 @@ def lay_out(large: Large, source: torch.nn.Module, held: Checkpoint, limit: int 
         elif name not in large.site_of:
             raise Refused("stream", f"no file of {held.folder} holds {name}", "download the checkpoint again")
     shards = split([(s.name, s.bytes) for s in specs], limit)
-    width = len(shards)
-    names = ["model.safetensors"] if width == 1 else [f"model-{i + 1:05}-of-{width:05}.safetensors" for i in range(width)]
+    count = len(shards)
+    names = (
+        [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    )
     return Layout(tuple(specs), copied, dict(zip(names, shards, strict=True)))
 
 
@@ -90,9 +92,8 @@ class Source:
     def _copied(self, name: str) -> Iterator[Tensor]:
         spec, origin = self.specs[name], self.layout.copied[name]
         if self.held.shape(origin) != spec.shape:
-            raise Refused(
-                "stream", f"{origin} is {list(self.held.shape(origin) or ())} in the files, {list(spec.shape)} is wanted"
-            )
+            have = list(self.held.shape(origin) or ())
+            raise Refused("stream", f"{origin} is {have} in the files, {list(spec.shape)} is wanted")
         factor = self.large.scaled.get(name)
         for piece in self.held.pieces(origin):
             yield piece if factor is None else (piece.float() * factor).to(piece.dtype)

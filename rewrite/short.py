@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -90,9 +89,7 @@ def _cut_in_rows(old: Shapes, new: Shapes) -> bool:
     return old.keys() == new.keys() and all(s[1:] == old[n][1:] for n, s in new.items())
 
 
-def _with(
-    config: PreTrainedConfig, path: tuple[str, ...], name: str, value: int, count: int
-) -> PreTrainedConfig:
+def _with(config: PreTrainedConfig, path: tuple[str, ...], name: str, value: int, count: int) -> PreTrainedConfig:
     """The config with one number less, and lists that have one entry for each of it cut."""
     made = copy.deepcopy(config)
     part = _at(made, path)

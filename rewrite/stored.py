@@ -1,4 +1,4 @@
-"""What a target made of a site, as tensors and JSON text, so that it can wait on disk. Reading gives it back bit by bit.
+"""What a target made of a site, as tensors and JSON text, so that it can wait on disk; read back it is the same bits.
 
 Only the dataclasses of `rewrite/site.py` and `rewrite/heads.py` are written and read; a site is what differs from its
 source's, so that what no target changes (its mask) is never written.

@@ -27,6 +27,7 @@ from rewrite.emit.validate import LIMIT, relative
 from rewrite.heads import Latents, Rewritten
 from rewrite.layout import expanded
 from rewrite.site import Site
+from rewrite.threads import one_thread
 
 Changes = Mapping[str, tuple[Site, Rewritten]]
 TAKEN = (
@@ -212,12 +213,16 @@ def scaled(name: str) -> bool:
 
 
 def _edits(layers: Changes, sizes: Sizes) -> dict[str, Tensor]:
-    return {
-        f"{layer}.self_attn.{name}": value
-        for layer, (site, new) in layers.items()
-        if new.latents is not None
-        for name, value in rows(site, new.weights, new.latents, sizes).items()
-    }
+    return {name: value for layer in layers.values() for name, value in attention(*layer, sizes).items()}
+
+
+def attention(site: Site, new: Rewritten, sizes: Sizes) -> dict[str, Tensor]:
+    """The tensors of one layer's attention by their names in the class, in float64."""
+    if new.latents is None:
+        return {}
+    with one_thread():
+        found = rows(site, new.weights, new.latents, sizes)
+    return {f"{layer_of(site)}.self_attn.{name}": value for name, value in found.items()}
 
 
 def _differs(source: PreTrainedModel, made: PreTrainedModel, layers: Changes, sizes: Sizes) -> str | None:

@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from rewrite.emit.choose import Changes, Emitted, padded
-from rewrite.emit.deepseek import Layout, scaled
+from rewrite.emit.deepseek import Layout, attention, scaled
 from rewrite.emit.deepseek_refuse import layer_of
-from rewrite.emit.deepseek_rows import rows
 from rewrite.emit.edits import edited, per_query_head
 from rewrite.emit.files import dress
 from rewrite.emit.latent import factor_of, module_tensors, recipe
@@ -97,9 +96,9 @@ def own(full: PreTrainedModel, changes: Changes, names: Sequence[str], proven: P
     make = _Own(full, changes, tensors, taken, told, _last(proven, taken, tensors))
     site_of = {tensor: n for n in names for tensor in touched(pairs[n][0])}
     roots = {f"{owner(pairs[n][0])}.reattn.": n for n in told if told[n]["form"] == "latent"}
-    for tensor in made.state_dict():
-        site_of |= {tensor: n for root, n in roots.items() if tensor.startswith(root)}
-    return Large(made, {t: n for t, n in site_of.items() if t in made.state_dict()}, make)
+    there = list(made.state_dict())
+    site_of |= {tensor: n for tensor in there for root, n in roots.items() if tensor.startswith(root)}
+    return Large(made, {t: n for t, n in site_of.items() if t in there}, make)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +133,7 @@ def _last(proven: Proven, taken: Mapping[str, Field], tensors: Tensors) -> bool:
     known = table(proven.emitted.model)
     for name, (site, new) in proven.near.items():
         if name in taken:
-            made = smaller(
-                {name: (site, new.site)}, {name: taken[name]}, edited(site, new, tensors), last=False
-            )
+            made = smaller({name: (site, new.site)}, {name: taken[name]}, edited(site, new, tensors), last=False)
             if isinstance(made, str) or any(not torch.equal(v, known[n]) for n, v in made.items()):
                 return True
     return False
@@ -198,12 +195,9 @@ def stock(full: PreTrainedModel, changes: Changes, planned: Layout) -> Large:
 
     def make(name: str) -> Mapping[str, Tensor]:
         site, new = changes[name]
-        if new.latents is None:
-            raise ValueError(f"{name} has no latents")
-        found = rows(site, new.weights, new.latents, planned.sizes)
-        return {f"{layer_of(site)}.self_attn.{n}": value.float() for n, value in found.items()}
+        return {n: value.float() for n, value in attention(site, new, planned.sizes).items()}
 
     names = [n for n, _ in made.named_parameters()]
-    attention = {n: layers[n.partition(".self_attn.")[0]] for n in names if ".self_attn." in n}
+    of_site = {n: layers[n.partition(".self_attn.")[0]] for n in names if ".self_attn." in n}
     factors = {n: planned.sizes.residual for n in names if scaled(n) and planned.sizes.residual != 1.0}
-    return Large(made, attention, make, factors)
+    return Large(made, of_site, make, factors)
