@@ -63,7 +63,8 @@ def config(gb: float) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=INNER, vocab_size=VOCABULARY, num_hidden_layers=layers,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, tie_word_embeddings=False, bos_token_id=128_000, eos_token_id=128_001, dtype="bfloat16",
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, tie_word_embeddings=False,
+        bos_token_id=128_000, eos_token_id=128_001, dtype="bfloat16",
     )  # fmt: skip
 
 

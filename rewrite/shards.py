@@ -41,7 +41,7 @@ class Layout:
         return sum(s.bytes for s in self.specs)
 
 
-def lay_out(large: Large, source: torch.nn.Module, held: Checkpoint, limit: int = SHARD) -> Layout:
+def lay_out(large: Large, source: torch.nn.Module, held: Checkpoint) -> Layout:
     """`source` is the model that `held` holds, on meta. Of tied tensors one is written."""
     common = held.dtypes[0]
     known, mine = aliases(source), aliases(large.model)
@@ -57,7 +57,7 @@ def lay_out(large: Large, source: torch.nn.Module, held: Checkpoint, limit: int 
             copied[name] = here[0]
         elif name not in large.site_of:
             raise Refused("stream", f"no file of {held.folder} holds {name}", "download the checkpoint again")
-    shards = split([(s.name, s.bytes) for s in specs], limit)
+    shards = split([(s.name, s.bytes) for s in specs], SHARD)
     count = len(shards)
     names = (
         [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
@@ -103,6 +103,9 @@ def write_shards(
     folder: Path, layout: Layout, read: Source, journal: Journal, tell: Callable[[str, int, int], None]
 ) -> dict[str, str]:
     """Write the files that are not there yet, each whole or not at all, and the index. Gives the hash of each."""
+    for path in folder.iterdir():
+        if path.name not in layout.files:
+            path.unlink()
     hashes: dict[str, str] = {}
     for done, (file, names) in enumerate(layout.files.items()):
         tell(file, done, len(layout.files))
