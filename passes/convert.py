@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from rewrite.heads import Rewritten
 from rewrite.layout import expanded, gather
 from rewrite.program import Program
 from rewrite.site import Site, Sparse, Tensors
+from rewrite.threads import one_thread
 
 Progress = Callable[[str, int, int], None]
 """Told the site's name, how many are done and how many there are."""
@@ -69,9 +70,7 @@ def convert_sites(
     picked = [(s, r) for s, r in zip(found.sites, found.regions, strict=True) if s.name in targets]
     changes: dict[str, Change] = {}
     if not batches:
-        for done, (site, _) in enumerate(picked):
-            progress(site.name, done, len(picked))
-            changes[site.name] = Change(site, _rewrite(site, targets[site.name], tensors, None), None)
+        convert_alone([site for site, _ in picked], targets, tensors, changes, progress)
         return changes
     running = program.dynamic or program.static
     machine = Machine(running, program.module)
@@ -86,6 +85,24 @@ def convert_sites(
         tell(part.site.name)
         changes[part.site.name] = _convert_on(stream, part, targets[part.site.name], tensors, tuning, measure)
     return {s.name: changes[s.name] for s, _ in picked}
+
+
+def convert_alone(
+    sites: Sequence[Site],
+    targets: Mapping[str, Target],
+    tensors: Tensors,
+    changes: MutableMapping[str, Change],
+    progress: Progress,
+) -> None:
+    """Rewrite sites from their weights alone, one after the other, and put what is made into `changes`; a site that
+    is there already is not made again."""
+    for done, site in enumerate(sites):
+        if site.name not in changes:
+            progress(site.name, done, len(sites))
+            # alone means that another number of threads, or a run shared by processes, gives the same bytes
+            with one_thread():
+                made = _rewrite(site, targets[site.name], tensors, None)
+            changes[site.name] = Change(site, made, None)
 
 
 def _rewrite(site: Site, target: Target, tensors: Tensors, stats: Stats | None) -> Rewritten:

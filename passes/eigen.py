@@ -6,29 +6,13 @@ take ten times as long where a core is shared. One thread also gives the same bi
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from passes.gqa_source import FLOOR
+from rewrite.threads import one_thread
 
 TINY = 1e-300
-
-
-@contextmanager
-def one_thread() -> Generator[None, None, None]:
-    """What is computed inside is computed on one thread."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:

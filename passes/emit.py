@@ -14,10 +14,11 @@ from passes.lower import lower
 from passes.lower_factored import unsplittable
 from passes.lower_sparse import backends
 from passes.plan import Plan, nothing_applies
-from rewrite.emit import Emitted, Stock, deepseek, emit_latent, emit_sparse, forecast_latent, forecast_sparse
+from rewrite.emit import Emitted, emit_latent, emit_sparse, forecast_latent, forecast_sparse
 from rewrite.emit import emit as emit_heads
 from rewrite.emit import forecast as forecast_heads
 from rewrite.emit.choose import Changes, padded
+from rewrite.emit.deepseek import Layout, filled, layout
 from rewrite.emit.factored import proven, shipped
 from rewrite.emit.validate import differs_in_logits
 from rewrite.program import Program
@@ -44,14 +45,14 @@ def emit(program: Program, changes: Mapping[str, Change], planned: Plan, how: Ho
         planned = planned.emitted({name: ("graph", cores.get(name, "")) for name in pairs}, stay)
         require(planned)
         return lower(graph, pairs, tensors), planned
-    emitted = _emitted(program.module, pairs, program, how)
+    emitted = emit_changes(program.module, pairs, program, how)
     forms = {n: (f, "; ".join(emitted.why.get(n, ()))) for n, f in emitted.forms.items()}
     planned = planned.emitted(forms, {**stay, **emitted.refused}, emitted.held)
     require(planned)
     return emitted.model, planned
 
 
-def _emitted(model: PreTrainedModel, pairs: Changes, program: Program, how: How) -> Emitted:
+def emit_changes(model: PreTrainedModel, pairs: Changes, program: Program, how: How) -> Emitted:
     """By what the sites hold: latents in a cache, factors where nothing is cached, else heads."""
     if any(isinstance(new.site.form, Sparse) for _, new in pairs.values()):
         return emit_sparse(model, pairs, program.kwargs)
@@ -88,23 +89,28 @@ def _latent(model: PreTrainedModel, pairs: Changes, program: Program, how: How) 
 
 
 def _stock(model: PreTrainedModel, pairs: Changes, program: Program, own: Emitted, how: How) -> Emitted | str:
+    chosen = stock_layout(model, pairs, how)
+    made = chosen if isinstance(chosen, str) else filled(model, pairs, chosen.sizes)
+    if isinstance(chosen, str) or isinstance(made, str):
+        return str(made)
+    problem = differs_in_logits(own.model, made, padded(program.kwargs))
+    if problem is not None:
+        return problem
+    held = dict.fromkeys(pairs, chosen.held)
+    return Emitted(made, dict.fromkeys(pairs, "deepseek"), dict.fromkeys(pairs, chosen.notes), {}, held)
+
+
+def stock_layout(model: PreTrainedModel, pairs: Changes, how: How) -> Layout | str:
     """At the sizes that engines take where those are not much larger than what was asked for; else, where the class
     itself was asked for, as small as the class can be."""
     asked = sum(new.site.cache_per_token for _, new in pairs.values()) / len(pairs)
-    made = deepseek(model, pairs, engines=True)
-    why = ""
-    if isinstance(made, Stock) and made.held > PADDING * asked:
+    made = layout(model, pairs, engines=True)
+    if isinstance(made, Layout) and made.held > PADDING * asked:
         made = f"engines take {made.held} numbers a token and layer, {asked:g} were asked for"
     if isinstance(made, str) and how == "stock":
-        why, made = f"for transformers alone: {made}", deepseek(model, pairs)
-    if isinstance(made, str):
-        return made
-    problem = differs_in_logits(own.model, made.model, padded(program.kwargs))
-    if problem is not None:
-        return problem
-    notes = (why, *made.notes) if why else made.notes
-    held = dict.fromkeys(pairs, made.held)
-    return Emitted(made.model, dict.fromkeys(pairs, "deepseek"), dict.fromkeys(pairs, notes), {}, held)
+        why, made = f"for transformers alone: {made}", layout(model, pairs, engines=False)
+        return made if isinstance(made, str) else replace(made, notes=(why, *made.notes))
+    return made
 
 
 def forecast(module: nn.Module, pairs: Mapping[str, tuple[Site, Site]]) -> dict[str, tuple[str, str]]:

@@ -22,16 +22,18 @@ from passes.plan import Plan, make_plan, no_attention, require_space
 from passes.sizes import describe
 from passes.sparse import BlockSparse
 from passes.spread import open_shares, settled, words
+from passes.stream import Job, limit_of, require_job, stream, streams, too_large
 from passes.tune import Tuning
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
 from rewrite.compare import check as compare
 from rewrite.errors import BadUsage
-from rewrite.folder import refuse_output
-from rewrite.opened import Opened, open_model
+from rewrite.folder import draft, joined, refuse_output
+from rewrite.opened import Opened, open_folder, open_model
 from rewrite.program import Program
-from rewrite.report import Checked, Report
-from rewrite.save import made_by, refuse_saving, save
+from rewrite.ranks import here, together
+from rewrite.report import Calibration, Checked, Report
+from rewrite.save import finish, made_by, refuse_saving, save, save_config
 from rewrite.site import Site
 from rewrite.spell import spell
 
@@ -79,6 +81,8 @@ def convert(
     check: bool = True,
     tune: int = 0,
     emit: How = "auto",
+    memory: str | None = None,
+    resume: bool = True,
     seed: int = 0,
     progress: Tell | None = None,
 ) -> Any:
@@ -89,6 +93,10 @@ def convert(
     is measured on; without it the outputs on example inputs are compared. `out` is a new folder, whole or absent.
     `tune` steps of Adam follow at every site, on its own output (0: none). `emit` chooses how a latent is written: as a
     class of the library that engines load ("stock"), in the model's own class ("own"), or whichever fits ("auto").
+    `memory` ("4GB") is the most that a conversion from folder to folder may hold: it then goes site by site and shard
+    by shard, as it does where the model is too large for 80 % of what is free, and gives a `Written`. What an earlier
+    such run has finished is taken up, unless `resume` is False. Under torchrun sites are shared out; None is what all
+    processes but the first get.
     Raises where no site can be converted; a failed check is told by the report, and names the folder `out.failed`.
     """
     asked = _one(target)
@@ -96,9 +104,12 @@ def convert(
         raise BadUsage("usage", "no target was given", "name one: GQA(kv_heads)")
     if tune and calibration is None:
         raise BadUsage("usage", f"tuning takes {tune} steps on the calibration, and none was given", "give calibration")
-    if out is not None:
-        refuse_output(Path(out), Path(model) if isinstance(model, (str, Path)) else None)
-    opened, tell = open_model(model), progress or _silent
+    source = Path(model) if isinstance(model, (str, Path)) else None
+    if out is not None and here().first:
+        refuse_output(Path(out), source)
+    tell, limit = progress or _silent, limit_of(memory)
+    streamed = out is not None and source is not None and streams(source, limit, memory, calibration)
+    opened = open_folder(source) if streamed and source is not None else open_model(model)
     if out is not None:
         refuse_saving(opened.working)
     windows = Windows(length or opened.context, samples)
@@ -106,13 +117,74 @@ def convert(
     tuning = Tuning(tune, seed) if tune else None
     folder = None if out is None else Path(out)
     step = _Step(asked, inputs, only, tuple(skip), opened, calibration, windows, folder, tuning, emit)
+    if streamed and folder is not None:
+        checking = _Checking(text, inputs, max_loss, seed) if check else None
+        return _stream(step, opened, folder, limit, tell, checking, resume=resume)
     done = step.run(opened.working, tell)
     made: Any = opened.as_given(done.model)
     checked = _check(opened, made, text, inputs, max_loss, seed, tell, step.lossless(done)) if check else None
-    made.rewrite_report = _report(opened, step, spell(asked), done, checked, seed)
+    used = None if done.used is None else opened.calibration(step.calibration, done.used)
+    errors = {n: c.error for n, c in done.changes.items()}
+    notes = [note for c in done.changes.values() for note in c.rewritten.notes]
+    made.rewrite_report = step.report(done.plan, used, errors, notes, checked, seed)
     if out is not None:
-        save(made, opened, made.rewrite_report, Path(out))
+        _, made.rewrite_report = save(made, opened, made.rewrite_report, Path(out))
     return made
+
+
+@dataclass(frozen=True)
+class Written:
+    """A converted model on disk, which was never held: its folder, and the report that lies in it."""
+
+    folder: Path
+    rewrite_report: Report
+
+
+@dataclass(frozen=True)
+class _Checking:
+    """How the result is measured."""
+
+    text: Any
+    inputs: Inputs
+    max_loss: float | None
+    seed: int
+
+
+def _stream(
+    step: _Step, opened: Opened, out: Path, limit: int, tell: Tell, checking: _Checking | None, *, resume: bool
+) -> Written | None:
+    """The pipeline from folder to folder: nothing that is as large as the model is held."""
+    program = capture(opened.working, step.inputs, dynamic=False)
+    found = find(program.static)
+    planned = step.plan(opened.working, program, found)
+    require(planned)
+    require_space(planned, out)
+    job = Job(program, found, step.targets(program, found), planned, step.how, opened, limit)
+    require_job(job)
+    seed = 0 if checking is None else checking.seed
+    with together() as ranks:
+        mine = draft(out, opened.folder, key=step.key(seed), restart=not resume) if ranks.first else joined(out)
+        with mine as work:
+            ranks.meet()
+            made = stream(job, work, tell, ranks)
+            if made is None:
+                return None
+            save_config(made.large.model, made.types, work)
+            checked, notes = _check_written(opened, work.path, checking, limit, tell)
+            report = step.report(made.plan, None, made.errors, [*made.notes, *notes], checked, seed)
+            return Written(*finish(work, opened, report, made.hashes))
+
+
+def _check_written(
+    opened: Opened, made: Path, checking: _Checking | None, limit: int, tell: Tell
+) -> tuple[Checked | None, list[str]]:
+    """What the files say when they are loaded, where both models fit; and why they were not."""
+    if checking is None:
+        return None, []
+    if too_large(opened.label, limit):
+        return None, ["not checked: both models together take more memory than was allowed"]
+    c, new = checking, open_model(made, trust_remote_code=True).working
+    return _check(open_model(opened.label), new, c.text, c.inputs, c.max_loss, c.seed, tell, None), []
 
 
 def check(
@@ -238,6 +310,48 @@ class _Step:
             windows = Windows(tokens, windows.samples, rows)
         return batches(self.calibration, example, windows, self.opened.tokenizer)
 
+    def key(self, seed: int) -> str:
+        """What a conversion from weights alone hangs on, line by line: one that differs is another conversion."""
+        lines = {
+            "model": "" if self.opened is None else self.opened.fingerprint,
+            "target": "" if self.target is None else spell(self.target),
+            "only": self.only,
+            "skip": " ".join(self.skip),
+            "emit": self.how,
+            "seed": str(seed),
+            "with": " ".join(f"{name} {version}" for name, version in made_by()),
+        }
+        return "".join(f"{name:8} {value}\n" for name, value in lines.items())
+
+    def report(
+        self,
+        planned: Plan,
+        used: Calibration | None,
+        errors: Mapping[str, float | None],
+        notes: Sequence[str],
+        checked: Checked | None,
+        seed: int,
+    ) -> Report:
+        """What was done."""
+        if self.opened is None:
+            raise ValueError("a report is of a model that was opened")
+        return Report(
+            version=1,
+            model=self.opened.label,
+            architecture=type(self.opened.working).__name__,
+            fingerprint=self.opened.fingerprint,
+            target=() if self.target is None else (spell(self.target),),
+            tune=0 if self.tuning is None else self.tuning.steps,
+            only=self.only,
+            skip=self.skip,
+            seed=seed,
+            calibration=used,
+            sites=planned.measured(errors),
+            checked=checked,
+            notes=(*((planned.sizes,) if planned.sizes else ()), *dict.fromkeys(notes)),
+            made_by=made_by(),
+        )
+
     def lossless(self, done: _Done) -> Callable[[], nn.Module]:
         """The same sites at the setting that must be exact, through the same emission."""
 
@@ -277,27 +391,4 @@ def _check(
         lossless=lossless,
         seed=seed,
         progress=tell,
-    )
-
-
-def _report(opened: Opened, step: _Step, target: str, done: _Done, checked: Checked | None, seed: int) -> Report:
-    used = done.used
-    return Report(
-        version=1,
-        model=opened.label,
-        architecture=type(opened.working).__name__,
-        fingerprint=opened.fingerprint,
-        target=(target,),
-        tune=0 if step.tuning is None else step.tuning.steps,
-        only=step.only,
-        skip=step.skip,
-        seed=seed,
-        calibration=None if used is None else opened.calibration(step.calibration, used),
-        sites=done.plan.measured({n: c.error for n, c in done.changes.items()}),
-        checked=checked,
-        notes=(
-            *((done.plan.sizes,) if done.plan.sizes else ()),
-            *dict.fromkeys(note for c in done.changes.values() for note in c.rewritten.notes),
-        ),
-        made_by=made_by(),
     )

@@ -6,12 +6,14 @@ Tensor names are never made into paths, names of shards only when they are bare;
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rewrite.errors import Refused
-from rewrite.weights import BYTES, Header, read_header, read_tensor
+from rewrite.weights import BYTES, Entry, Header, read_header, read_pieces, read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,12 +47,27 @@ class Checkpoint:
             total[entry.dtype] = total.get(entry.dtype, 0) + entry.end - entry.begin
         return tuple(sorted(total, key=lambda d: (-total[d], d)))
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, read from its own bytes of the file and from no other."""
-        for header in self.headers:
-            if name in header.entries:
-                return read_tensor(header, name)
-        raise KeyError(name)
+    @cached_property
+    def where(self) -> Mapping[str, Header]:
+        """Tensor -> the file that holds it."""
+        return {name: header for header in self.headers for name in header.entries}
+
+    def entry(self, name: str) -> Entry | None:
+        """Type, shape and place of a tensor; None where no file holds it."""
+        return self.where[name].entries[name] if name in self.where else None
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The tensor's shape; None where no file holds it."""
+        entry = self.entry(name)
+        return None if entry is None else entry.shape
+
+    def tensor(self, name: str, rows: int | None = None) -> Tensor:
+        """One tensor, or its first `rows`, read from its own bytes of the file and from no other."""
+        return read_tensor(self.where[name], name, rows)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """One tensor in flat pieces that share their memory."""
+        return read_pieces(self.where[name], name)
 
 
 def locate(model: Path) -> Path:

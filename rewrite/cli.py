@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # libraries print where they like; stdout is for the result alone
         with redirect_stdout(sys.stderr):
             text, code = run(options)
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.write(text.rstrip("\n") + "\n" if text else "")
         return code
     except KeyboardInterrupt:
-        print("stopped; nothing is left under the requested name, and the same command starts again", file=sys.stderr)
+        print("stopped; nothing is left under the requested name, and the same command goes on", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debug:
@@ -155,6 +155,8 @@ def _add_convert(verbs: Any) -> None:
         default=None,
         help="tokens a window (the model's context)",
     )
+    limits.add_argument("--memory", metavar="SIZE", help="go site by site and hold at most this: 4GB (80%% of free)")
+    limits.add_argument("--restart", action="store_true", help="discard what an interrupted run has finished")
     _limits(limits)
     verb.add_argument_group("Dangerous").add_argument(
         "--no-check", action="store_true", help="write the result without measuring what was lost"
@@ -238,11 +240,13 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
     from rewrite.checkpoint import require_checkpoint
     from rewrite.folder import refuse_output
     from rewrite.progress import progress
+    from rewrite.ranks import here
 
     if options.max_loss is not None and (options.text is None or options.no_check):
         raise BadUsage("usage", "--max-loss is a limit on perplexity", "it needs --text FILE, and no --no-check")
     require_checkpoint(options.model)
-    refuse_output(options.out, options.model)
+    if here().first:
+        refuse_output(options.out, options.model)
     for path in (options.calibrate, options.text):
         _readable(path)
     targets = _targets(options.to)
@@ -257,6 +261,8 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
             check=not options.no_check,
             tune=options.tune,
             emit=options.emit,
+            memory=options.memory,
+            resume=not options.restart,
             only=options.only,
             skip=options.skip,
             out=options.out,
@@ -264,6 +270,8 @@ def run_convert(options: argparse.Namespace) -> tuple[str, int]:
             seed=options.seed,
             progress=tell,
         )
+    if made is None:  # another process of this run writes and tells
+        return "", 0
     report = made.rewrite_report
     failed = report.checked is not None and bool(report.checked.failures)
     if failed:

@@ -2,9 +2,10 @@
 
     out.partial/reattn-partial   the mark: this folder is ours, so a later run may clear it
     out.partial/whole/...        what becomes `out` (or `out.failed`) in one rename
+    out.partial/journal/...      what a long conversion has finished (rewrite/journal.py), and of which (`key`)
 
-A process that dies at any point leaves nothing named `out`; the next one clears `out.partial` and starts again. The
-folder's own lock tells a dead writer from a living one.
+A process that dies at any point leaves nothing named `out`; the next one clears `out.partial` and starts again, or goes
+on from its journal where it is the same conversion. The folder's own lock tells a dead writer from a living one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from rewrite.errors import OutOfSpace, ReattnError, Refused
 
 _MARK = "reattn-partial"
 _WHOLE = "whole"
+_JOURNAL = "journal"
+_KEY = "key"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Draft:
     out: Path
     partial: Path
     path: Path
+
+    @property
+    def journal(self) -> Path:
+        """Where a conversion that can be resumed notes what is done."""
+        return self.partial / _JOURNAL
 
     def publish(self) -> Path:
         """The draft becomes `out`: from one moment to the next, and for good."""
@@ -107,22 +115,71 @@ def refuse_output(out: Path, source: Path | None = None) -> None:
 
 
 @contextmanager
-def draft(out: Path, source: Path | None = None) -> Generator[Draft]:
-    """A `Draft` for `out`, locked against other processes; what is not published is gone at the end."""
+def draft(out: Path, source: Path | None = None, *, key: str = "", restart: bool = False) -> Generator[Draft]:
+    """A `Draft` for `out`, locked against other processes; what is not published is gone at the end.
+
+    With a `key`, a text that says which conversion this is, what is not published stays: the next draft with this key
+    finds it, and one with another key is refused unless it may `restart`.
+    """
     refuse_output(out, source)
     partial = _partial(out)
     with _as_refusal(out):
         partial.mkdir(exist_ok=True)
         lock = _lock(out, partial)
+    kept = False
     try:
-        _clear(out, partial)
-        (partial / _MARK).write_text("an unfinished output of reattn; the next run removes it\n", encoding="utf-8")
-        (partial / _WHOLE).mkdir()
+        if not _ours(partial):
+            raise _foreign(out, partial)
+        _settle(out, partial, key, restart)
+        made = Draft(out, partial, partial / _WHOLE)
+        kept = bool(key)
         with _as_refusal(out):
-            yield Draft(out, partial, partial / _WHOLE)
+            yield made
+        kept = kept and made.path.is_dir()
     finally:
-        _remove(partial)
+        # a journal in which nothing stands but its key is of no use
+        if not kept or len(list((partial / _JOURNAL).iterdir())) < 2:
+            _remove(partial)
         os.close(lock)
+
+
+@contextmanager
+def joined(out: Path) -> Generator[Draft]:
+    """The draft that another process of this run opens."""
+    yield Draft(out, _partial(out), _partial(out) / _WHOLE)
+
+
+def _settle(out: Path, partial: Path, key: str, restart: bool) -> None:
+    """Keep what an earlier run of the same conversion left, and nothing else."""
+    held = partial / _JOURNAL / _KEY
+    before = held.read_text(encoding="utf-8") if held.is_file() else ""
+    if before and before != key and not restart:
+        raise _other(out, partial, before, key)
+    if not before or before != key or restart:
+        shutil.rmtree(partial / _JOURNAL, ignore_errors=True)
+        shutil.rmtree(partial / _WHOLE, ignore_errors=True)
+    (partial / _MARK).write_text("an unfinished output of reattn; the next run removes it\n", encoding="utf-8")
+    (partial / _WHOLE).mkdir(exist_ok=True)
+    if key:
+        (partial / _JOURNAL).mkdir(exist_ok=True)
+        unfinished = partial / _JOURNAL / f"{_KEY}.unfinished"
+        unfinished.write_text(key, encoding="utf-8")
+        sync(unfinished)
+        unfinished.replace(held)
+        sync(partial / _JOURNAL)
+
+
+def _other(out: Path, partial: Path, before: str, key: str) -> ReattnError:
+    """What the unfinished conversion was, in the lines in which it differs."""
+    old, new = set(before.splitlines()), set(key.splitlines())
+    lines = [f"then  {line}" for line in before.splitlines() if line not in new]
+    lines += [f"now   {line}" for line in key.splitlines() if line not in old]
+    return Refused(
+        "resume",
+        f"{partial} holds an unfinished conversion that is another one",
+        *lines,
+        f"give the command that began it, choose another name than {out.name}, or discard it with --restart",
+    )
 
 
 def _partial(out: Path) -> Path:
@@ -132,18 +189,13 @@ def _partial(out: Path) -> Path:
 def _ours(partial: Path) -> bool:
     """Empty, or marked by an earlier run: the mark is the first thing written and the last one removed."""
     names = {p.name for p in partial.iterdir()}
-    return names <= {_MARK, _WHOLE} and (not names or _MARK in names)
-
-
-def _clear(out: Path, partial: Path) -> None:
-    if not _ours(partial):
-        raise _foreign(out, partial)
-    shutil.rmtree(partial / _WHOLE, ignore_errors=True)
+    return names <= {_MARK, _WHOLE, _JOURNAL} and (not names or _MARK in names)
 
 
 def _remove(partial: Path) -> None:
     """The mark goes last, so that a process that dies here leaves a folder that is known as ours."""
     shutil.rmtree(partial / _WHOLE, ignore_errors=True)
+    shutil.rmtree(partial / _JOURNAL, ignore_errors=True)
     with suppress(OSError):
         (partial / _MARK).unlink(missing_ok=True)
         partial.rmdir()

@@ -29,3 +29,10 @@ def _free_memory() -> int:
                 return int(line.split()[1]) * 1024
     # where the kernel has no such table, all of the memory stands in for what is free
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file backs: what a limit on memory is about. 0 where the kernel does not tell."""
+    table = Path("/proc/self/status")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)

@@ -109,6 +109,17 @@ def open_model(model: Any, *, trust_remote_code: bool = False) -> Opened:
     return Opened(type(module).__name__, None, _working(module, own=False), _types(module))
 
 
+def open_folder(folder: Path) -> Opened:
+    """A checkpoint folder without its weights: parameters lie on meta, as float32."""
+    from transformers import GenerationConfig
+
+    module: Any = build(folder)
+    types = _types(module)
+    if (folder / "generation_config.json").is_file():
+        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return Opened(str(folder), folder, _working(module, own=True), types)
+
+
 def _types(module: nn.Module) -> dict[str, torch.dtype]:
     return {n: p.dtype for n, p in module.named_parameters(remove_duplicate=False) if p.is_floating_point()}
 

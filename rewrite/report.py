@@ -172,6 +172,8 @@ class Report:
     """(package, version)."""
     tune: int = 0
     """Steps of local tuning at every site; figures of a tuned model are not those of the closed form."""
+    files: tuple[tuple[str, str], ...] = ()
+    """(file, sha256) of what lies in the folder, but for what is made of this report; empty where none was written."""
 
     @property
     def converted(self) -> int:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from rewrite.card import write_card
 from rewrite.emit import for_older_readers
 from rewrite.errors import BadUsage
-from rewrite.folder import draft
+from rewrite.folder import Draft, draft
+from rewrite.journal import hash_of
 from rewrite.opened import Opened
 from rewrite.report import Report
 
+SHARD = 5_000_000_000
+"""Bytes of a file of weights at most."""
 BESIDE = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "pre", "processor")
 """Beginnings of the names of files that belong to a model and that no conversion changes."""
 
@@ -28,18 +36,38 @@ def refuse_saving(model: Any) -> None:
         )
 
 
-def save(made: Any, opened: Opened, report: Report, out: Path) -> Path:
-    """Write the folder, whole or not at all; a failed check leaves `out.failed`. Gives the folder's final name."""
+def save(made: Any, opened: Opened, report: Report, out: Path) -> tuple[Path, Report]:
+    """Write the folder, whole or not at all; a failed check leaves `out.failed`. Gives the folder's final name, and
+    the report with the hashes of its files."""
     with draft(out, opened.folder) as work:
-        made.save_pretrained(work.path)
-        for_older_readers(work.path)
-        if opened.folder is not None:
-            copy_beside(opened.folder, work.path)
-        elif opened.tokenizer is not None:
-            opened.tokenizer.save_pretrained(work.path)
-        write_card(work.path, report, _licence(opened.folder))
-        failed = report.checked is not None and bool(report.checked.failures)
-        return work.fail() if failed else work.publish()
+        made.save_pretrained(work.path, max_shard_size=SHARD)
+        return finish(work, opened, report, {})
+
+
+def save_config(model: Any, types: Mapping[str, torch.dtype], work: Draft) -> None:
+    """Write what belongs to a model but its weights. `model` lies on meta; `types` are those that its parameters have
+    in the files."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(types.get(name, parameter.dtype))
+    # in a folder of its own, as the library removes the files of weights that it finds where it writes
+    with TemporaryDirectory(dir=work.partial / "journal") as place:
+        model.save_pretrained(place, state_dict={})
+        for path in sorted(Path(place).iterdir()):
+            path.replace(work.path / path.name)
+
+
+def finish(work: Draft, opened: Opened, report: Report, hashes: Mapping[str, str]) -> tuple[Path, Report]:
+    """What stands beside the weights, then the folder's name. `hashes` are those of files that are known already."""
+    for_older_readers(work.path)
+    if opened.folder is not None:
+        copy_beside(opened.folder, work.path)
+    elif opened.tokenizer is not None:
+        opened.tokenizer.save_pretrained(work.path)
+    files = sorted(p for p in work.path.iterdir() if p.is_file())
+    report = replace(report, files=tuple((p.name, hashes.get(p.name) or hash_of(p)) for p in files))
+    write_card(work.path, report, _licence(opened.folder))
+    failed = report.checked is not None and bool(report.checked.failures)
+    return (work.fail() if failed else work.publish()), report
 
 
 def copy_beside(source: Path, target: Path) -> None:

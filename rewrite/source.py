@@ -26,7 +26,7 @@ def build(path: str | Path, *, weights: bool = False, trust_remote_code: bool = 
         return _loaded(own, place.parent, trust_remote_code=True).eval()
     config = _config(place)
     kind = _class(config, place)
-    model = _loaded(kind, place.parent) if weights else _empty(kind, config)
+    model = _loaded(kind, place.parent) if weights else empty(kind, config)
     return model.eval()
 
 
@@ -72,7 +72,8 @@ def _class(config: Any, place: Path) -> Any:
     return transformers.AutoModel
 
 
-def _empty(kind: Any, config: Any) -> nn.Module:
+def empty(kind: Any, config: Any) -> nn.Module:
+    """The class with its parameters on meta and real buffers."""
     from accelerate import init_empty_weights
 
     before = torch.get_default_dtype()

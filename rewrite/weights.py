@@ -8,19 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from rewrite.errors import Refused
 
 if TYPE_CHECKING:
+    import io
+
     from torch import Tensor, dtype
 
 HEADER_LIMIT = 100_000_000
 """Bytes of a header that are read at most; the library's own limit."""
+
+BLOCK = 1 << 23
+"""Numbers that are held while a tensor is copied."""
 
 BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -143,17 +148,40 @@ def _verify_layout(path: Path, entries: Mapping[str, Entry], held: int) -> None:
         raise _corrupt(path, f"{held - at:,} bytes follow the last tensor")
 
 
-def read_tensor(header: Header, name: str) -> Tensor:
-    """One tensor, read from its own bytes of the file and from no other."""
+def read_tensor(header: Header, name: str, rows: int | None = None) -> Tensor:
+    """One tensor, or its first `rows`, read from its own bytes of the file and from no other."""
     import torch
 
     entry = header.entries[name]
-    tensor = torch.empty(entry.shape, dtype=_kinds()[entry.dtype])
+    shape = entry.shape if rows is None else (rows, *entry.shape[1:])
+    tensor = torch.empty(shape, dtype=_kinds()[entry.dtype])
     with header.path.open("rb") as file:
         file.seek(header.start + entry.begin)
         if tensor.numel():
-            file.readinto(_bytes_of(tensor))
+            _fill(header, file, _bytes_of(tensor))
     return tensor
+
+
+def read_pieces(header: Header, name: str, numbers: int = BLOCK) -> Iterator[Tensor]:
+    """A tensor as flat pieces of at most `numbers`, each read into the same memory: use one before asking for more."""
+    import torch
+
+    entry = header.entries[name]
+    left = prod(entry.shape)
+    buffer = torch.empty(min(left, numbers), dtype=_kinds()[entry.dtype])
+    with header.path.open("rb") as file:
+        file.seek(header.start + entry.begin)
+        while left:
+            piece = buffer[: min(left, len(buffer))]
+            _fill(header, file, _bytes_of(piece))
+            yield piece
+            left -= len(piece)
+
+
+def _fill(header: Header, file: BinaryIO, held: memoryview) -> None:
+    got = cast("io.BufferedReader", file).readinto(held)
+    if got != len(held):
+        raise _corrupt(header.path, f"it ends {len(held) - got:,} bytes early: it was cut while it was read")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -190,17 +218,32 @@ class Spec:
 
 def spec(name: str, tensor: Tensor) -> Spec:
     """The spec of a tensor at hand."""
-    letters = {kind: letter for letter, kind in _kinds().items()}
-    return Spec(name, letters[tensor.dtype], tuple(tensor.shape))
+    return Spec(name, letter(tensor.dtype), tuple(tensor.shape))
 
 
-def write(path: Path, specs: Sequence[Spec], read: Callable[[str], Tensor]) -> str:
+def letter(kind: dtype) -> str:
+    """The name that files have for a type: BF16."""
+    return next(letters for letters, known in _kinds().items() if known == kind)
+
+
+def type_of(letters: str) -> dtype:
+    """The type that files call so."""
+    return _kinds()[letters]
+
+
+def write(
+    path: Path,
+    specs: Sequence[Spec],
+    read: Callable[[str], Tensor | Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
     """Stream tensors to a safetensors file, one in memory at a time; gives the sha256 of the file.
 
-    The bytes depend on specs and values alone. Wider types come first, so that every tensor lies aligned.
+    `read` gives a tensor, or the pieces of a large one in order. The bytes depend on specs and values alone. Wider
+    types come first, so that every tensor lies aligned.
     """
     ordered = sorted(specs, key=lambda s: (-BYTES[s.dtype], s.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for s in ordered:
         header[s.name] = {"dtype": s.dtype, "shape": list(s.shape), "data_offsets": [at, at + s.bytes]}
@@ -209,19 +252,41 @@ def write(path: Path, specs: Sequence[Spec], read: Callable[[str], Tensor]) -> s
     text += b" " * (-len(text) % 8)
     state = hashlib.sha256()
     with path.open("xb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
+
+        def put(part: Any) -> None:
             state.update(part)
             file.write(part)
+
+        put(len(text).to_bytes(8, "little"))
+        put(text)
         for s in ordered:
-            tensor = read(s.name).detach().cpu().contiguous()
-            if spec(s.name, tensor) != s:
-                raise ValueError(f"{s.name} was announced as {s}, and is {spec(s.name, tensor)}")
-            if tensor.numel():
-                state.update(_bytes_of(tensor))
-                file.write(_bytes_of(tensor))
+            for part in _parts(s, read(s.name)):
+                put(part)
         file.flush()
         os.fsync(file.fileno())
     return state.hexdigest()
+
+
+def _parts(wanted: Spec, given: Tensor | Iterable[Tensor]) -> Iterator[memoryview]:
+    """The bytes of a tensor or of its pieces, verified against what was announced."""
+    import torch
+
+    if isinstance(given, torch.Tensor):
+        held = given.detach().cpu().contiguous()
+        if spec(wanted.name, held) != wanted:
+            raise ValueError(f"{wanted.name} was announced as {wanted}, and is {spec(wanted.name, held)}")
+        if held.numel():
+            yield _bytes_of(held)
+        return
+    count = 0
+    for piece in given:
+        if letter(piece.dtype) != wanted.dtype:
+            raise ValueError(f"{wanted.name} was announced as {wanted}, and a piece is {piece.dtype}")
+        count += piece.numel() * BYTES[wanted.dtype]
+        if piece.numel():
+            yield _bytes_of(piece)
+    if count != wanted.bytes:
+        raise ValueError(f"{wanted.name} was announced as {wanted}, and its pieces are {count} bytes")
 
 
 def split(sizes: Sequence[tuple[str, int]], limit: int = 5_000_000_000) -> tuple[tuple[str, ...], ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from rewrite.emit.validate import LIMIT, relative
 from rewrite.heads import Latents, Rewritten
 from rewrite.layout import expanded
 from rewrite.site import Site
+from rewrite.threads import one_thread
 
 Changes = Mapping[str, tuple[Site, Rewritten]]
 TAKEN = (
@@ -51,6 +52,20 @@ class Stock:
         return config.kv_lora_rank + config.qk_rope_head_dim
 
 
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What the stock model will be, from shapes and frequencies: its sizes, its config and what is to be said of it."""
+
+    sizes: Sizes
+    config: DeepseekV3Config
+    notes: tuple[str, ...]
+
+    @property
+    def held(self) -> int:
+        """Numbers cached per token and layer."""
+        return self.sizes.rank + self.sizes.rope
+
+
 def deepseek(model: PreTrainedModel, changes: Changes, *, engines: bool = False) -> Stock | str:
     """A `DeepseekV3ForCausalLM` that computes the rewritten model, or the sentence why there is none.
 
@@ -59,38 +74,60 @@ def deepseek(model: PreTrainedModel, changes: Changes, *, engines: bool = False)
     Without, they are as small as the class allows, and a repeated or irregular frequency is told by "longrope" factors,
     which transformers alone reads. That the rewritten attentions themselves are computed is for the caller to check.
     """
+    planned = layout(model, changes, engines=engines)
+    if isinstance(planned, str):
+        return planned
+    made = filled(model, changes, planned.sizes)
+    return made if isinstance(made, str) else Stock(made, planned.notes)
+
+
+def layout(model: PreTrainedModel, changes: Changes, *, engines: bool) -> Layout | str:
+    """The stock model's layout, or why there is none. No weight of `model` is read, so that it may lie on meta; the
+    rewritten sites are looked at one by one."""
     reason = refuse_model(model) or refuse_sites(model, changes)
     if reason is not None:
         return reason
-    layers = {layer_of(site) or "": (site, new) for site, new in changes.values()}
-    sizes = _sizes(model, changes, engines)
+    found = [_Widths.of(new.latents) for _, new in changes.values() if new.latents is not None]
+    sizes = _sizes(model, found, engines)
     if isinstance(sizes, str):
         return sizes
     config = _config(model, changes, sizes)
     problem = _misfit(model, config, changes)
-    if problem is not None:
-        return problem
+    return problem if problem is not None else Layout(sizes, config, _notes(model, found, sizes))
+
+
+def filled(model: PreTrainedModel, changes: Changes, sizes: Sizes) -> PreTrainedModel | str:
+    """The stock model in float32, or the sentence on what its layers compute otherwise than those of `model`."""
     source = in_float(model)
-    made = _filled(source, config, layers, sizes)
+    layers = {layer_of(site) or "": (site, new) for site, new in changes.values()}
+    made = _filled(source, _config(model, changes, sizes), layers, sizes)
     problem = _differs(source, made, layers, sizes)
-    return problem if problem is not None else Stock(made, _notes(model, changes, sizes))
+    return made if problem is None else problem
 
 
-def _latents(changes: Changes) -> list[Latents]:
-    return [new.latents for _, new in changes.values() if new.latents is not None]
+@dataclass(frozen=True)
+class _Widths:
+    """What the sizes of the class come from: one site's widths and the frequencies of its rotated channels."""
+
+    rank: int
+    nope: int
+    value: int
+    turns: tuple[float, ...]
+
+    @staticmethod
+    def of(latents: Latents) -> _Widths:
+        turns = latents.frequencies[turning(latents)].abs().tolist()
+        return _Widths(latents.rank, latents.read.shape[2], latents.up_v.shape[1], tuple(turns))
 
 
-def _sizes(model: PreTrainedModel, changes: Changes, engines: bool) -> Sizes | str:
+def _sizes(model: PreTrainedModel, found: Sequence[_Widths], engines: bool) -> Sizes | str:
     config: Any = model.config
-    found = _latents(changes)
-    layers = [latents.frequencies[turning(latents)].abs().tolist() for latents in found]
-    if any(f == 0 for layer in layers for f in layer):
+    if any(f == 0 for widths in found for f in widths.turns):
         return "a rotated channel turns by 0 per token; keep it in the latent"
-    turns = spectrum(layers, engines=engines)
+    turns = spectrum([w.turns for w in found], engines=engines)
     if isinstance(turns, str):
         return turns
-    rank = max(1, *(x.rank for x in found))
-    nope, value = (max(getattr(x, n).shape[axis] for x in found) for n, axis in (("read", 2), ("up_v", 1)))
+    rank, nope, value = max(1, *(w.rank for w in found)), max(w.nope for w in found), max(w.value for w in found)
     if engines:
         if rank > ENGINE_RANKS[-1]:
             return f"its latents have rank {rank}; vLLM and SGLang take at most {ENGINE_RANKS[-1]}: convert to that"
@@ -164,20 +201,28 @@ def _filled(source: PreTrainedModel, config: DeepseekV3Config, layers: Changes, 
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             value = edits[name] if name in edits else values[name].detach()
-            scaled = name == "model.embed_tokens.weight" or name.endswith("mlp.down_proj.weight")
-            parameter.copy_(value * sizes.residual if scaled else value)
+            parameter.copy_(value * sizes.residual if scaled(name) else value)
     made.train(source.training)
     made.generation_config = copy.deepcopy(source.generation_config)
     return made
 
 
+def scaled(name: str) -> bool:
+    """Whether a tensor of the class is what it was in the source, times the factor of the residual stream."""
+    return name == "model.embed_tokens.weight" or name.endswith("mlp.down_proj.weight")
+
+
 def _edits(layers: Changes, sizes: Sizes) -> dict[str, Tensor]:
-    return {
-        f"{layer}.self_attn.{name}": value
-        for layer, (site, new) in layers.items()
-        if new.latents is not None
-        for name, value in rows(site, new.weights, new.latents, sizes).items()
-    }
+    return {name: value for layer in layers.values() for name, value in attention(*layer, sizes).items()}
+
+
+def attention(site: Site, new: Rewritten, sizes: Sizes) -> dict[str, Tensor]:
+    """The tensors of one layer's attention by their names in the class, in float64."""
+    if new.latents is None:
+        return {}
+    with one_thread():
+        found = rows(site, new.weights, new.latents, sizes)
+    return {f"{layer_of(site)}.self_attn.{name}": value for name, value in found.items()}
 
 
 def _differs(source: PreTrainedModel, made: PreTrainedModel, layers: Changes, sizes: Sizes) -> str | None:
@@ -202,18 +247,17 @@ def _differs(source: PreTrainedModel, made: PreTrainedModel, layers: Changes, si
     )
 
 
-def _notes(model: PreTrainedModel, changes: Changes, sizes: Sizes) -> tuple[str, ...]:
+def _notes(model: PreTrainedModel, found: Sequence[_Widths], sizes: Sizes) -> tuple[str, ...]:
     config: Any = model.config
-    found = _latents(changes)
     notes = [
         "the latent norm is made linear by rows scaled by about 2^-36: store bfloat16 or float32, never float16, and "
         "do not train this folder"
     ]
     widths = (
         ("rank", sizes.rank, [x.rank for x in found]),
-        ("rotated channels", sizes.rope, [2 * len(turning(x)) for x in found]),
-        ("key width", sizes.nope, [x.read.shape[2] for x in found]),
-        ("value width", sizes.value, [x.up_v.shape[1] for x in found]),
+        ("rotated channels", sizes.rope, [2 * len(x.turns) for x in found]),
+        ("key width", sizes.nope, [x.nope for x in found]),
+        ("value width", sizes.value, [x.value for x in found]),
     )
     for name, width, used in widths:
         if min(used) < width:

@@ -124,7 +124,7 @@ def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Re
         "shared": None if few is None else {"argument": list(log.argument)},
     }
     if latents.key_norm is not None:
-        norm = _key_norm(site, log, _factor(site, rope))
+        norm = _key_norm(site, log, factor_of(site, rope))
         if isinstance(norm, str):
             return norm
         place |= {"key_norm": norm}
@@ -148,7 +148,7 @@ def _key_norm(site: Site, log: Log, factor: float) -> Recipe | str:
     return f"its key norm '{path}' is given {sorted(set(given))}, not {g} heads of {d} of every token"
 
 
-def _factor(site: Site, rope: Recipe | None) -> float:
+def factor_of(site: Site, rope: Recipe | None) -> float:
     """What the keys and queries that the module shows are multiplied by: it stands in its rope's table or behind it."""
     turned = 1.0 if rope is None else float(rope["factor"])
     return turned if site.k.after is None else float(site.k.after.constant.reshape(-1)[0])
@@ -282,7 +282,7 @@ def _of(new: Rewritten) -> Latents:
 def _fill(made: PreTrainedModel, changes: Changes, recipes: Recipe) -> None:
     for one in recipes["sites"]:
         site, new = changes[one["site"]]
-        for name, value in module_tensors(site, _of(new), _factor(site, one["rope"])).items():
+        for name, value in module_tensors(site, _of(new), factor_of(site, one["rope"])).items():
             put(made, f"{owner(site)}.reattn.{name}", value)
 
 

@@ -1,0 +1,228 @@
+"""A conversion that never holds the model: sites one by one from the files, the output shard by shard.
+
+    files --one site--> rewrite --> journal        (resumable; spread over processes)
+    files, journal --one tensor--> shards          (resumable)
+
+What a site takes is read when its turn comes and let go of after it; everything else is copied in bounded pieces. That
+the forms in which sites are written compute what they should is seen on the model cut short (rewrite/short.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from torch import dtype
+from transformers import PreTrainedModel
+
+from passes import Target
+from passes.convert import Progress, convert_alone
+from passes.emit import How
+from passes.emit_large import emit_large
+from passes.find import Found, find
+from passes.plan import BASE_MEMORY, Plan
+from passes.saved import SavedChanges
+from rewrite.capture import capture
+from rewrite.checkpoint import Checkpoint, open_checkpoint, require_checkpoint
+from rewrite.emit.large import Large, touched
+from rewrite.errors import BadUsage, OutOfSpace, Refused
+from rewrite.folder import Draft
+from rewrite.journal import Journal
+from rewrite.machine import anonymous, this_machine
+from rewrite.opened import Opened
+from rewrite.program import Program
+from rewrite.ranks import Ranks, here
+from rewrite.shards import Source, lay_out, write_shards
+from rewrite.short import fill, in_float, kinds, shortened
+from rewrite.site import Output, Site
+from rewrite.table import size
+from rewrite.weights import type_of
+
+UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+SITE = 12
+"""Bytes for every number of a site's matrices, while it is rewritten or written: as measured at the width of Llama 3
+8B, float64 matrices beside the ones that they were made from and the places of their numbers."""
+SHORT = 12
+"""Bytes for every number of the model cut short: itself, its copy in another form, and what runs hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """What was written into the draft."""
+
+    large: Large
+    plan: Plan
+    errors: Mapping[str, float | None]
+    notes: tuple[str, ...]
+    hashes: Mapping[str, str]
+    types: Mapping[str, dtype]
+    """Tensor -> its type in the files."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One conversion from folder to folder: the captured model (on meta), its sites and their targets."""
+
+    program: Program
+    found: Found
+    targets: Mapping[str, Target]
+    plan: Plan
+    how: How
+    opened: Opened
+    limit: int
+    """Bytes of anonymous memory at most."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that change."""
+        return [s for s in self.found.sites if s.name in self.targets]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, on meta."""
+        if not isinstance(self.program.module, PreTrainedModel):
+            raise Refused("stream", f"{type(self.program.module).__name__} is no PreTrainedModel")
+        return self.program.module
+
+    def held(self) -> Checkpoint:
+        """The source's files."""
+        return require_checkpoint(self.opened.folder) if self.opened.folder is not None else _no_folder()
+
+
+def _no_folder() -> Checkpoint:
+    raise Refused("stream", "only a folder can be converted piece by piece", "save the model first")
+
+
+def stream(job: Job, work: Draft, tell: Progress, ranks: Ranks) -> Streamed | None:
+    """Convert what is not converted yet, then write what is not written yet; None where another process writes."""
+    held = job.held()
+    changes = SavedChanges(Journal(work.journal), {s.name: s for s in job.sites})
+    convert_alone(ranks.mine(job.sites), job.targets, in_float(held), changes, tell)
+    ranks.meet()
+    if not ranks.first:
+        return None
+    planned, errors, notes = _summed(job.plan, changes)
+    large, planned = emit_large(job.program, _short(job, held), changes, planned, job.how, held)
+    layout = lay_out(large, job.model, held)
+    hashes = write_shards(work.path, layout, Source(large, layout, held), changes.journal, tell)
+    return Streamed(large, planned, errors, notes, hashes, {s.name: type_of(s.dtype) for s in layout.specs})
+
+
+def _summed(planned: Plan, changes: SavedChanges) -> tuple[Plan, dict[str, float | None], tuple[str, ...]]:
+    """The plan with the shapes that sites came to, their errors and their notes, read one by one."""
+    sites: dict[str, Site] = {}
+    errors: dict[str, float | None] = {}
+    notes: dict[str, None] = {}
+    for name, change in changes.items():
+        sites[name], errors[name] = change.rewritten.site, change.error
+        notes |= dict.fromkeys(change.rewritten.notes)
+    return planned.found(sites), errors, tuple(notes)
+
+
+def _near(sites: Sequence[Site]) -> set[str]:
+    """Tensors that the model cut short must hold: those of a site of every kind."""
+    first = set(kinds(sites).values())
+    return {t for s in sites if s.name in first for t in touched(s)}
+
+
+def _short(job: Job, held: Checkpoint) -> Program:
+    """The model cut short, captured; its sites must be those of the full one."""
+    model = shortened(job.model, _near(job.sites))
+    program = capture(model, dynamic=False)
+    whole = {s.name: s.proof.region for s in job.sites}
+    for site in find(program.static).sites:
+        if whole.get(site.name, site.proof.region) != site.proof.region:
+            raise Refused(
+                "stream",
+                f"{site.name} is another attention where the model has fewer layers",
+                "leave --memory away, where the model fits into memory",
+            )
+    fill(model, held)
+    return program
+
+
+def limit_of(memory: str | None) -> int:
+    """Bytes that "4GB" means; by default 80 % of what is free."""
+    if memory is None:
+        return int(0.8 * this_machine(Path.cwd()).memory)
+    number = memory.upper().removesuffix("B").strip()
+    scale = UNITS.get(number[-1:], 1)
+    digits = number[:-1].strip() if number[-1:] in UNITS else number
+    if not digits.replace(".", "", 1).isdecimal() or float(digits) <= 0:
+        raise BadUsage("usage", f"'{memory}' is no amount of memory", "write it as 4GB, or 500MB")
+    return int(float(digits) * scale)
+
+
+def streams(folder: Path, limit: int, memory: str | None, calibration: Any) -> bool:
+    """Whether a conversion from folder to folder goes piece by piece: the model does not fit, or it was asked for."""
+    large, several = too_large(folder, limit), here().count > 1
+    if calibration is None:
+        return large or several or memory is not None
+    if large or several:
+        why = f"which takes more than {size(limit)}" if large else "which one process does"
+        raise Refused(
+            "stream",
+            f"calibration holds the whole model in float32 beside its copy, {why}",
+            f"needs about {size(_in_memory(folder))}: --memory, or one process, on a machine with as much",
+            "or leave --calibrate away: from the weights alone a conversion goes site by site in any memory",
+        )
+    return False
+
+
+def too_large(folder: str | Path, limit: int) -> bool:
+    """Whether a conversion in memory, with the model and its copy in float32, needs more than the limit."""
+    return _in_memory(folder) > limit
+
+
+def _in_memory(folder: str | Path) -> int:
+    held = open_checkpoint(Path(folder))
+    return BASE_MEMORY + 8 * (0 if held is None else held.parameters)
+
+
+def require_job(job: Job) -> None:
+    """Raise where the conversion cannot be made piece by piece, before anything is written."""
+    require_named(job)
+    require_memory(job)
+
+
+def require_named(job: Job) -> None:
+    """Raise where the files name or shape what a site needs otherwise than the model does."""
+    held = job.held()
+    for site in job.sites:
+        for name in sorted(touched(site)):
+            wanted = tuple(job.model.state_dict()[name].shape)
+            if held.shape(name) != wanted:
+                have = f"is {list(held.shape(name) or ())}" if held.entry(name) else "is missing"
+                raise Refused(
+                    "no-weights",
+                    f"{held.folder} does not fill the model: {name} {list(wanted)} {have}",
+                    "download the checkpoint again, or save the model anew",
+                )
+
+
+def require_memory(job: Job) -> None:
+    """Raise where the largest step needs more than the limit."""
+    largest = max(job.sites, key=_numbers)
+    short = shortened(job.model, _near(job.sites))
+    steps = {
+        f"largest site: {largest.name}": SITE * _numbers(largest),
+        "its first layers, run to prove the form": SHORT * sum(p.numel() for p in short.parameters()),
+    }
+    step = max(steps, key=lambda name: steps[name])
+    needed, free = anonymous() + steps[step], this_machine(Path.cwd()).memory
+    if needed > job.limit:
+        raise OutOfSpace(
+            "memory",
+            f"needs {size(needed)}, the limit is {size(job.limit)} ({step}: {size(steps[step])})",
+            f"--memory {ceil(needed / 1e8) / 10:g}GB" if needed <= free else "a larger machine is needed",
+        )
+
+
+def _numbers(site: Site) -> int:
+    """Numbers in the matrices of a site."""
+    roots = [r for o in (site.q, site.k, site.v) for r in o.roots]
+    roots += [site.out.root] if isinstance(site.out, Output) else []
+    return sum(r.rows * r.columns for r in roots)
