@@ -28,7 +28,7 @@ from codegen.integers import (
     times,
     where,
 )
-from rewrite.mask.clauses import Clause, Form, linear
+from rewrite.mask.clauses import Clause, Form, linear, symbols
 from rewrite.mask.terms import FIRST, PAST, At, Div, Mod, divided
 
 
@@ -150,7 +150,7 @@ def solve(clause: Clause, x: Any, over: Range) -> Solved:
     free: list[Form] = []
     known = clause.whole
     for atom in clause.atoms:
-        terms = [t for t, _ in atom.weights if x in t.free_symbols]
+        terms = [t for t, _ in atom.weights if x in symbols(t)]
         if not terms:
             free.append(atom)
             continue
@@ -196,7 +196,7 @@ def _bound(term: Any, side: int, bound: Span, x: Any, over: Range) -> tuple[int,
 def _inside(expression: Any, side: int, bound: Span, x: Any, over: Range) -> tuple[int, Span] | None:
     """A bound on a whole expression."""
     weights, constant = linear(expression)
-    terms = [t for t in weights if x in t.free_symbols]
+    terms = [t for t in weights if x in symbols(t)]
     if len(terms) != 1:
         return None
     weight = int(weights.pop(terms[0]))
@@ -233,7 +233,7 @@ def _period(term: Any, lower: Sequence[Span], upper: Sequence[Span], x: Any, ove
     centre, inner = point(0), term.args[0]
     while True:
         weights, constant = linear(inner)
-        terms = [t for t in weights if x in t.free_symbols]
+        terms = [t for t in weights if x in symbols(t)]
         weight = int(weights.pop(terms[0])) if len(terms) == 1 else 0
         other = spread(((t, int(w)) for t, w in weights.items()), int(constant), over)
         if abs(weight) != 1 or other is None:

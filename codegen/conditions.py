@@ -8,7 +8,7 @@ from typing import Any
 
 from codegen.bounds import Span, solve, spread
 from codegen.integers import FALSE, TRUE, Int, at_most, both, maximum, minimum, number
-from rewrite.mask.clauses import Clause, Form, form
+from rewrite.mask.clauses import Clause, Form, form, symbols
 
 
 def implied(clause: Clause, x: Any) -> tuple[Form, ...]:
@@ -16,7 +16,7 @@ def implied(clause: Clause, x: Any) -> tuple[Form, ...]:
     found: list[Form] = []
     for i, a in enumerate(clause.atoms):
         for b in clause.atoms[i + 1 :]:
-            shared = [t for t, w in a.weights if x in t.free_symbols and b.terms.get(t, 0) * w < 0]
+            shared = [t for t, w in a.weights if x in symbols(t) and b.terms.get(t, 0) * w < 0]
             for t in shared:
                 wa, wb = abs(a.terms[t]), abs(b.terms[t])
                 weights = {key: wb * w for key, w in a.weights}

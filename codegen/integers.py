@@ -156,17 +156,29 @@ def _extreme(op: str, parts: Sequence[Int]) -> Int:
     return _node(op, tuple(kept), least)
 
 
+_NESTED = ("max", "min", "floor")
+
+
+def _gap(a: Int, b: Int) -> int | None:
+    """What b - a is at least, from their terms."""
+    if a.op == "number":
+        return None if b.least is None else b.least - a.args[0]
+    if a.op != "sum" and b.op != "sum" and not (a.op == b.op == "name"):
+        return None
+    constant, terms = linear(b)
+    inner, inside = linear(a)
+    for node, times in inside.items():
+        terms[node] = terms.get(node, 0) - times
+    return _least(constant - inner, terms)
+
+
 @lru_cache(maxsize=1 << 16)
 def surely(a: Int, b: Int, depth: int = 3) -> bool:
     """Whether a <= b is known without numbers. False: it is not known."""
     if a is b:
         return True
-    constant, terms = linear(b)
-    inner, inside = linear(a)
-    for node, times in inside.items():
-        terms[node] = terms.get(node, 0) - times
-    gap = _least(constant - inner, terms)
-    if gap is not None or depth == 0:
+    gap = _gap(a, b)
+    if gap is not None or depth == 0 or not (a.op in _NESTED or b.op in _NESTED):
         return gap is not None and gap >= 0
     return (
         (b.op == "max" and any(surely(a, x, depth - 1) for x in b.args))

@@ -69,8 +69,8 @@ def clause_run(clause: Clause, over: Literal["k", "q"]) -> Run:
     own = [a for a in clause.atoms if not a.has(x)]
     asked = fixed(own, implied(clause, x), y, tile)
     clipped = Span(asked.low, asked.high)
-    some = solve(clause, x, {y: clipped})
     every = solve(clause, x, {y: tile})
+    some = every if clipped == tile else solve(clause, x, {y: clipped})
 
     low = maximum(ZERO, *(minus(s.low, shift) for s in some.lower))
     high = maximum(minimum(size, *(add(minus(s.high, shift), 1) for s in some.upper)), low)

@@ -7,6 +7,10 @@ of the runs' indicators does not change when begins and ends are paired anew in 
 nested unions is the same with the inner one's ends taken as begins. Sorting a fixed number of scalars is minima and
 maxima, so one kernel serves every length, head and row, and nothing of the mask's size is ever made.
 
+Exact, in what is visited and in what is masked, where a conjunction's bounds move with the fixed position one way, as
+those of all named masks do. A fixed tile that lies on both sides of a number of its own axis (a sink's end, for loops
+over queries) is masked where two conjunctions share it: one tile a mask, for which all others would carry another run.
+
 A remainder of the looped position gives runs that come again (`Segment.width` tiles every `Segment.step`) between the
 other conjunctions' runs. Where the tile does not divide its period everything is visited and masked.
 """

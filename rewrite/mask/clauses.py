@@ -37,7 +37,7 @@ class Form:
 
     def has(self, symbol: Any) -> bool:
         """Whether the symbol stands anywhere in it."""
-        return any(symbol in t.free_symbols for t, _ in self.weights)
+        return any(symbol in symbols(t) for t, _ in self.weights)
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,12 @@ def form(weights: Mapping[Any, int], constant: int) -> Form:
     common = gcd(*kept.values()) if kept else 1
     order = sorted(kept, key=_order)
     return Form(constant // common, tuple((t, kept[t] // common) for t in order))
+
+
+@lru_cache(maxsize=65536)
+def symbols(term: Any) -> frozenset[Any]:
+    """What stands in a term; sympy collects it anew at every question."""
+    return frozenset(term.free_symbols)
 
 
 @lru_cache(maxsize=65536)
@@ -173,7 +179,7 @@ def _pruned(found: list[Clause]) -> tuple[Clause, ...]:
     for clause in sorted(found, key=lambda c: len(c.atoms)):
         if not any(_within(clause, other) for other in kept):
             kept.append(clause)
-    return tuple(sorted(kept, key=lambda c: [(x.constant, [(str(t), w) for t, w in x.weights]) for x in c.atoms]))
+    return tuple(sorted(kept, key=lambda c: [(x.constant, [(_order(t), w) for t, w in x.weights]) for x in c.atoms]))
 
 
 def _within(inner: Clause, outer: Clause) -> bool:

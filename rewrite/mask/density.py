@@ -68,12 +68,13 @@ def _looked_by_tile(mask: Mask, queries: int, keys: int, head: int, row: int) ->
     from codegen.lists import Tiling, tiles
 
     some, every = (x[row, head].numpy() for x in tiles(mask, Tiling(queries, keys, TILE, TILE, row + 1, head + 1)))
-    start, total = keys - queries, 0
-    for i, j in np.argwhere(some):
+    start = keys - queries
+    sizes = (np.minimum(TILE, n - np.arange(0, n, TILE)) for n in (queries, keys))
+    total = int((np.outer(*sizes) * every).sum())
+    for i, j in np.argwhere(some & ~every):
         q = np.arange(i * TILE, min((i + 1) * TILE, queries))[:, None] + start
         k = np.arange(j * TILE, min((j + 1) * TILE, keys))[None]
-        whole = every[i, j]
-        total += q.size * k.size if whole else int(mask.holds(q, k, head, row, start).sum())
+        total += int(mask.holds(q, k, head, row, start).sum())
     return total
 
 
