@@ -28,7 +28,7 @@ from codegen.integers import (
     times,
     where,
 )
-from rewrite.mask.clauses import Clause, Form, linear, symbols
+from rewrite.mask.clauses import Clause, linear, symbols
 from rewrite.mask.terms import FIRST, PAST, At, Div, Mod, divided
 
 
@@ -130,7 +130,7 @@ class Period:
 
 @dataclass(frozen=True)
 class Solved:
-    """One conjunction solved for x: bounds on it (inclusive), its period, and what must hold whatever x is.
+    """One conjunction solved for x: bounds on it (inclusive) and its period.
 
     `known`: nothing was left out, so what all of this allows is allowed.
     """
@@ -138,21 +138,18 @@ class Solved:
     lower: tuple[Span, ...]
     upper: tuple[Span, ...]
     period: Period | None
-    rest: tuple[Form, ...]
     known: bool
 
 
 def solve(clause: Clause, x: Any, over: Range) -> Solved:
-    """Sort the atoms of a conjunction by what they say of x."""
+    """Sort the atoms of a conjunction by what they say of x; those without x say nothing here."""
     lower: list[Span] = []
     upper: list[Span] = []
     periods: dict[Any, tuple[list[Span], list[Span]]] = {}
-    free: list[Form] = []
     known = clause.whole
     for atom in clause.atoms:
         terms = [t for t, _ in atom.weights if x in symbols(t)]
         if not terms:
-            free.append(atom)
             continue
         other = spread(atom.without(terms[0]).weights, atom.constant, over) if len(terms) == 1 else None
         if other is None:
@@ -170,7 +167,7 @@ def solve(clause: Clause, x: Any, over: Range) -> Solved:
     found = [p for p in made if p is not None]
     # of several periods the longest is a loop's; the others are left to the predicate
     best = max(found, key=lambda p: p.size, default=None)
-    return Solved(tuple(lower), tuple(upper), best, tuple(free), known and len(made) == len(found) <= 1)
+    return Solved(tuple(lower), tuple(upper), best, known and len(made) == len(found) <= 1)
 
 
 def _divided(a: int, least: Span, other: Span) -> tuple[int, Span]:

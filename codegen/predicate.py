@@ -23,11 +23,6 @@ def predicate(mask: Mask, dialect: Dialect) -> str:
     return _text(mask.keep, dialect)
 
 
-def arguments(mask: Mask) -> tuple[tuple[str, int], ...]:
-    """The tables that predicate and schedule read, by name, and each one's number of axes."""
-    return tuple((name, mask.tables[name].ndim) for name in sorted(mask.tables))
-
-
 @lru_cache(maxsize=1024)
 def _text(keep: Any, dialect: Dialect) -> str:
     if keep in (sympy.true, sympy.false):

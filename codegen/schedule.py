@@ -24,8 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from codegen.integers import ONE, ZERO, Dialect, Int, add, floor, minus, product, rest
-from codegen.predicate import predicate as predicate
+from codegen.integers import ONE, ZERO, Dialect, Int, minus
 from codegen.printed import names, program
 from codegen.runs import Ends, Run, clause_run, hull, masked_of, periodic, union
 from rewrite.mask import Mask
@@ -46,13 +45,6 @@ class Segment:
     step: Int = ONE
     width: Int = ONE
     skip: Int = ZERO
-
-    def tile(self, i: Int) -> Int:
-        """The number of the i-th tile."""
-        if self.width is ONE:
-            return add(self.start, product(self.step, i))
-        at = add(i, self.skip)
-        return add(self.start, product(floor(at, self.width), self.step), rest(at, self.width))
 
     @property
     def numbers(self) -> tuple[Int, ...]:

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from codegen.predicate import arguments, predicate
+from codegen.predicate import predicate
 from codegen.schedule import Over, schedule
 from rewrite.mask import (
     Mask,
@@ -221,15 +221,6 @@ def test_constant_predicates_broadcast() -> None:
         for dialect in ("python", "triton"):
             assert "q" in predicate(found, dialect)
             assert "k" in predicate(found, dialect)
-
-
-def test_arguments_are_the_tables() -> None:
-    assert arguments(causal & documents([[1, 2], [3]]) & streaming([1], [2])) == (
-        ("document_first", 2),
-        ("document_past", 2),
-        ("sink", 1),
-        ("window", 1),
-    )
 
 
 def test_numbers_and_arrays_are_one_program() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import rewrite.mask
 from rewrite.mask import (
     Mask,
     all_,
@@ -152,3 +155,16 @@ def test_a_picture_as_svg() -> None:
     assert "<title>causal &amp; window(2) at 3 queries, 3 keys</title>" in drawn
     assert drawn.count('height="1"') == 3
     assert '<rect x="1" y="2" width="2" height="1" fill="#246"/>' in drawn
+
+
+def test_the_page_on_masks_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "masks.md").read_text(encoding="utf-8")
+    blocks_of_text = re.findall(r"```(python)?\n(.*?)```", text, re.DOTALL)
+    names: dict[str, object] = {}
+    for kind, block in blocks_of_text:
+        if kind:
+            exec(block, names)
+        else:
+            assert capsys.readouterr().out == block
+    for name in re.findall(r"`(\w+)\(", text.split("\n## ")[0]):
+        assert name in (*rewrite.mask.__all__, "holds", "table", "svg"), name
