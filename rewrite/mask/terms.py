@@ -6,6 +6,8 @@ one's back (`floor(q/4) <= 2` becomes `q/4 < 3`), and what is then left no longe
 
 from __future__ import annotations
 
+import keyword
+import re
 from typing import Any
 
 import sympy
@@ -14,6 +16,8 @@ b, h, q, k = sympy.symbols("b h q k", integer=True)
 offset = sympy.Symbol("offset", integer=True)
 """Position of the first query: keys - queries. Only a mask that is aligned at the first token needs it."""
 SYMBOLS = {x.name: x for x in (b, h, q, k, offset)}
+RESERVED = re.compile(r"[bhqk]|[qk][01]|[NT]|tile|offset|load|min|max|where|tl|abs|tables|(x|low|high|entry)\d+")
+"""Names that the texts of loops and predicates use."""
 FIRST, PAST = "_first", "_past"
 """Endings of a pair of tables that hold spans of positions: at each position, where its span begins and one past its
 end. Either one is the other's inverse, which is how loops over queries and over keys are both solved by two loads."""
@@ -127,8 +131,8 @@ class Term:
 
 def at(table: str, *index: Term | int) -> Term:
     """Entry of a mask's table: `at("width", h)`."""
-    if not table.isidentifier() or table in SYMBOLS:
-        raise ValueError(f"a table is named like a variable other than {', '.join(SYMBOLS)}, and {table!r} is not")
+    if not table.isidentifier() or keyword.iskeyword(table) or RESERVED.fullmatch(table):
+        raise ValueError(f"a table is named like a variable that kernels do not have themselves, and {table!r} is not")
     return Term(At(sympy.Symbol(table), *map(_raw, index)))
 
 

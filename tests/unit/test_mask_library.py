@@ -171,6 +171,8 @@ def test_positions_broadcast_with_heads() -> None:
         (lambda: parse("window(sum(k))"), "no integer expression"),
         (lambda: parse("documents(document)"), "not given"),
         (lambda: at("q", 1), "named"),
+        (lambda: at("x0", 1), "named"),
+        (lambda: at("for", 1), "named"),
         (lambda: streaming([1, 2], [3]), "2 and 1"),
         (lambda: chunk(0), "at least 1"),
     ],
