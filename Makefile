@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint bench-quality coverage emission latent bench-decode wide schedule clean
+.PHONY: demo test lint bench-quality coverage emission latent bench-decode wide schedule kernels bench-gpu clean
 
 .venv: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -44,6 +44,12 @@ wide: .venv
 
 schedule: .venv
 	$(BIN)/python -m bench.schedule --write
+
+kernels: .venv
+	$(BIN)/python -W ignore -m bench.kernels --write
+
+bench-gpu: .venv
+	$(BIN)/python -m bench.gpu
 
 clean:
 	rm -rf .venv demo

@@ -83,7 +83,7 @@ class Call:
     def spec(self, phase: Phase, **more: Any) -> KernelSpec:
         """The spec of one of the kernels, with its tiles."""
         o, dtype = self.options, self.dtype
-        packed = phase != "dkdv" and self.group > 1 and not self.mask.per_head and o.bias is None
+        packed = phase != "dkdv" and self.group > 1 and not _per_head(self.mask) and o.bias is None
         packed = packed and (not self.listed or self.group in (2, 4, 8, 16))
         plain = KernelSpec(
             phase,
@@ -110,6 +110,11 @@ class Call:
         """Query tiles, heads, batch."""
         heads = self.k.shape[1] if spec.packed else self.q.shape[1]
         return -(-self.rows(spec.packed) // spec.tiles[0]), heads, self.q.shape[0]
+
+
+@cache
+def _per_head(mask: Mask) -> bool:
+    return mask.per_head
 
 
 @cache
