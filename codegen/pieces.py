@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -86,8 +87,13 @@ class Shape:
     group: int
 
 
-def pieces(mask: Mask, shape: Shape, manner: Manner = FUSED) -> Iterator[Piece]:
-    """Every query that reads something, once."""
+@lru_cache(maxsize=32)
+def pieces(mask: Mask, shape: Shape, manner: Manner = FUSED) -> tuple[Piece, ...]:
+    """Every query that reads something, once. The layers of a model ask for the same ones."""
+    return tuple(_pieces(mask, shape, manner))
+
+
+def _pieces(mask: Mask, shape: Shape, manner: Manner) -> Iterator[Piece]:
     plan = schedule(mask, "k")
     for rows in _rows(mask, shape, manner):
         queries, keys = shape.spans[rows[0]]

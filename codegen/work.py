@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from codegen.options import Options
 from codegen.pieces import Manner, Piece, Run, Shape, pieces
 from rewrite.mask import Mask
+from rewrite.site import IntArray
 
 
 def exact(q: Tensor) -> torch.dtype:
@@ -82,36 +84,54 @@ class Work:
 
     def added(self, run: Run) -> Tensor | None:
         """What is added to scores, -inf where nothing is read: (b or 1, g or 1, rows, keys), None where it is 0."""
-        bias, slopes = self.options.bias, self.options.slopes
-        if bias is None and slopes is None and not run.masked:
-            return None
-        queries, heads = (b - a for a, b in (self.piece.queries, self.piece.heads))
-        hung = self.mask.per_head or slopes is not None
-        x = torch.zeros(self.piece.count, heads if hung else 1, queries, run.last - run.first, dtype=self.dtype)
-        if slopes is not None:
-            at_q, at_k = self._positions(run, run.first, run.last)
-            back = torch.from_numpy(at_q - at_k).to(self.dtype)
-            x -= slopes[slice(*self.piece.heads), None, None].to(self.dtype) * back
-        if bias is not None:
-            x = x + torch.cat([biased(bias, self.piece, run, i) for i in range(self.piece.count)])
-        for first, last in run.masked:
-            part = x[..., first - run.first : last - run.first]
-            part.masked_fill_(~self._keep(run, first, last), -torch.inf)
+        if self.options.bias is None and self.options.slopes is None:
+            if not run.masked:
+                return None
+            size = self.piece.count * (self.piece.queries[1] - self.piece.queries[0]) * (run.last - run.first)
+            x = (_few if size <= FEW else _hidden)(self.mask, self.piece, run, self.dtype)
+        else:
+            x = self._biased(run)
+        heads = x.shape[1]
         x = x.transpose(0, 1) if self.stacked else x
-        alike = not hung and x.shape[0 if self.stacked else 1] == 1 and self.folded > 1
-        return x.repeat(1, 1, self.folded, 1) if alike else self.fold(x)
+        return x.repeat(1, 1, self.folded, 1) if heads == 1 < self.folded else self.fold(x)
 
-    def _positions(self, run: Run, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Queries (b, 1, t, 1) and keys (b, 1, 1, s) of every tile of the stack."""
-        tile = np.arange(self.piece.count)[:, None, None, None]
-        queries = np.arange(*self.piece.queries) + self.piece.offset
-        return queries[:, None] + tile * len(queries), np.arange(first, last) + tile * run.step
+    def _biased(self, run: Run) -> Tensor:
+        """(b, h or 1, t, s): bias and slopes, -inf where nothing is read."""
+        bias, slopes, piece = self.options.bias, self.options.slopes, self.piece
+        x = _hidden(self.mask, piece, run, self.dtype)
+        if slopes is not None:
+            at_q, at_k = _positions(piece, run, run.first, run.last)
+            back = torch.from_numpy(at_q - at_k).to(self.dtype)
+            x = x - slopes[slice(*piece.heads), None, None].to(self.dtype) * back
+        if bias is not None:
+            x = x + torch.cat([biased(bias, piece, run, i) for i in range(piece.count)])
+        return x
 
-    def _keep(self, run: Run, first: int, last: int) -> Tensor:
-        """(b, h or 1, t, s): the pairs of the piece with some keys that are allowed."""
-        heads = np.arange(*self.piece.heads)[:, None, None] if self.mask.per_head else 0
-        at = self._positions(run, first, last)
-        return torch.from_numpy(self.mask.holds(*at, heads, self.piece.rows[0], self.piece.offset))
+
+FEW = 4096
+"""Pairs of a run up to which what hides them is kept: the layers of a model ask for the same when they decode."""
+
+
+def _hidden(mask: Mask, piece: Piece, run: Run, dtype: torch.dtype) -> Tensor:
+    """(b, h or 1, t, s), tiles of a stack for b: 0, and -inf where nothing is read."""
+    heads = np.arange(*piece.heads)[:, None, None] if mask.per_head else 0
+    shape = piece.count, np.size(heads), piece.queries[1] - piece.queries[0], run.last - run.first
+    x = torch.zeros(*shape, dtype=dtype)
+    for first, last in run.masked:
+        at = _positions(piece, run, first, last)
+        keep = torch.from_numpy(mask.holds(*at, heads, piece.rows[0], piece.offset))
+        x[..., first - run.first : last - run.first].masked_fill_(~keep, -torch.inf)
+    return x
+
+
+_few = lru_cache(maxsize=256)(_hidden)
+
+
+def _positions(piece: Piece, run: Run, first: int, last: int) -> tuple[IntArray, IntArray]:
+    """Queries (b, 1, t, 1) and keys (b, 1, 1, s) of every tile of the stack."""
+    tile = np.arange(piece.count)[:, None, None, None]
+    queries = np.arange(*piece.queries) + piece.offset
+    return queries[:, None] + tile * len(queries), np.arange(first, last) + tile * run.step
 
 
 def biased(bias: Tensor, piece: Piece, run: Run, tile: int = 0) -> Tensor:
