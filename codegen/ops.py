@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from codegen import cpu
+from codegen import cpu, cpu_backward
 from codegen.options import Options
 from rewrite.mask import At, Mask, b, h, parse
 
@@ -159,7 +159,7 @@ def _backward_cpu(
     tables: Sequence[Tensor],
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = cpu.backward(grad, q, k, v, o, lse, _mask(q, mask, names, tables), _options(*options), bias_grad)
+    found = cpu_backward.backward(grad, q, k, v, o, lse, _mask(q, mask, names, tables), _options(*options), bias_grad)
     return _five(q, found)
 
 

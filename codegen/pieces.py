@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,14 +21,28 @@ from rewrite.site import IntArray
 
 KEYS = 64
 """Keys in a tile: runs start and end at its multiples."""
-SPEED = {64: 0.89, 256: 0.97, 768: 1.0}
-"""Sizes of query tiles, and how fast pairs are computed in them: measured on torch's kernel, which has three loops."""
 LISTED = 128
 """Queries in a tile of a mask that is a list of blocks, which are about as large."""
-STACKED = 2048
-"""Queries of a stack of tiles."""
 WHOLE = 512
 """Keys from which on a stretch without forbidden pairs is a run of its own: a mask costs more than a merge."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How tiles are computed. `speed`: how fast pairs are in query tiles of a size; `stacked`: queries of a stack of
+    tiles at the most, and `longest`: keys of a run."""
+
+    speed: tuple[tuple[int, float], ...]
+    stacked: int = 0
+    longest: int | None = None
+
+
+FUSED = Manner(((64, 0.89), (256, 0.97), (768, 1.0)), stacked=2048)
+"""By torch's own kernel; measured on it."""
+GRADIENTS = Manner(((64, 0.6), (256, 0.9), (768, 1.0)))
+"""By its backward pass."""
+PRODUCTS = Manner(((64, 0.6), (256, 0.9), (768, 1.0)), longest=1024)
+"""By products that hold their scores, whose operands would be copied to be stacked."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +87,25 @@ class Shape:
     group: int
 
 
-def pieces(mask: Mask, shape: Shape, most: int | None = None) -> Iterator[Piece]:
-    """Every query that reads something, once. With `most` no run holds more keys than that, and nothing is stacked."""
+@lru_cache(maxsize=32)
+def pieces(mask: Mask, shape: Shape, manner: Manner = FUSED) -> tuple[Piece, ...]:
+    """Every query that reads something, once. The layers of a model ask for the same ones."""
+    return tuple(_pieces(mask, shape, manner))
+
+
+def _pieces(mask: Mask, shape: Shape, manner: Manner) -> Iterator[Piece]:
     plan = schedule(mask, "k")
-    for rows in _rows(mask, shape):
+    for rows in _rows(mask, shape, manner):
         queries, keys = shape.spans[rows[0]]
         if not queries or not keys:
             continue
         view = _View(mask, plan, rows[0], queries, keys)
-        size = view.size()
+        size = view.size(manner)
         for heads, found in _heads(view.tiles(size, shape.heads), shape):
-            runs = (tuple(_runs(tiles, keys, most)) for tiles in found)
+            runs = (tuple(_runs(tiles, keys, manner.longest)) for tiles in found)
             ends = ((first, min(first + size, queries)) for first in range(0, queries, size))
             plain = [Piece(rows, heads, at, view.offset, r) for at, r in zip(ends, runs, strict=True) if r]
-            yield from plain if most is not None or len(plain) < 2 else _stacks(plain, max(1, STACKED // size))
+            yield from _stacks(plain, max(1, manner.stacked // size))
 
 
 @dataclass(frozen=True)
@@ -103,16 +123,17 @@ class _View:
         """The first query's position."""
         return self.keys - self.queries
 
-    def size(self) -> int:
+    def size(self, manner: Manner) -> int:
         """Queries in a tile: what costs least, judged in the middle and at the end."""
-        sizes = [size for size in SPEED if size < self.queries] or [self.queries]
+        speed = dict(manner.speed)
+        sizes = [size for size in speed if size < self.queries] or [self.queries]
         if self.plan.listed:
             return min(LISTED, self.queries)
         ends = np.array([self.queries, (self.queries + sizes[0]) // 2])
 
         def cost(size: int) -> float:
-            found = self._solved(0, np.maximum(0, ends - size), ends)
-            return sum(len(steps) for tiles in found for steps in (*tiles.full, *tiles.masked)) / SPEED.get(size, 1)
+            found = self._solved([0], np.maximum(0, ends - size), ends)[0]
+            return sum(len(steps) for tiles in found for steps in (*tiles.full, *tiles.masked)) / speed.get(size, 1)
 
         return min(sizes, key=cost)
 
@@ -124,12 +145,12 @@ class _View:
             some, every = (x[-1].tolist() for x in tiles(self.mask, at))
             return [[_numbered(a, e) for a, e in zip(*rows, strict=True)] for rows in zip(some, every, strict=True)]
         firsts = np.arange(0, self.queries, size)
-        return [self._solved(head, firsts, np.minimum(firsts + size, self.queries)) for head in range(heads)]
+        return self._solved(range(heads), firsts, np.minimum(firsts + size, self.queries))
 
-    def _solved(self, head: int, firsts: IntArray, lasts: IntArray) -> list[Tiles]:
-        """By closed form, for the queries with indices first .. last."""
+    def _solved(self, heads: Sequence[int], firsts: IntArray, lasts: IntArray) -> list[list[Tiles]]:
+        """By closed form, for every head and all queries with indices first .. last."""
         q0, q1 = firsts + self.offset, lasts + self.offset
-        return self.plan.of_queries(KEYS, q0, q1, self.keys, self.offset, self.row, head, self.mask.tables)
+        return self.plan.of_queries(KEYS, q0, q1, self.keys, self.offset, self.row, heads, self.mask.tables)
 
 
 def _numbered(some: Sequence[bool], every: Sequence[bool]) -> Tiles:
@@ -137,11 +158,12 @@ def _numbered(some: Sequence[bool], every: Sequence[bool]) -> Tiles:
     return Tiles(full, tuple(range(i, i + 1) for i, (x, e) in enumerate(zip(some, every, strict=True)) if x and not e))
 
 
-def _rows(mask: Mask, shape: Shape) -> Iterator[tuple[int, int]]:
+def _rows(mask: Mask, shape: Shape, manner: Manner) -> Iterator[tuple[int, int]]:
     """Neighbours in the batch that are computed at once."""
     for _, same in itertools.groupby(range(len(shape.spans)), key=shape.spans.__getitem__):
         members = list(same)
-        if mask.per_row or shape.spans[members[0]][0] > min(SPEED):
+        stacks = manner.stacked > 0 and shape.spans[members[0]][0] > manner.speed[0][0]
+        if mask.per_row or stacks:
             yield from ((row, row + 1) for row in members)
         else:
             yield members[0], members[-1] + 1

@@ -124,14 +124,16 @@ class Schedule:
         return self._tiles(self.scalar(q0, q1, k0, k1, N, T, offset, tile, b, h, tables))
 
     def of_queries(
-        self, tile: int, q0: Any, q1: Any, N: int, offset: int, b: int, h: int, tables: Mapping[str, Any]
-    ) -> list[Tiles]:
-        """`evaluate` over keys for many tiles of queries at once, q0 and q1 (tiles,)."""
+        self, tile: int, q0: Any, q1: Any, N: int, offset: int, b: int, heads: Sequence[int], tables: Mapping[str, Any]
+    ) -> list[list[Tiles]]:
+        """`evaluate` over keys for each of `heads` and many tiles of queries at once, q0 and q1 (tiles,)."""
         if self.listed:
             raise ValueError("this mask's tiles come from data: build their lists with codegen.lists")
-        flat = self.arrays(q0, q1, 0, 0, N, 0, offset, tile, b, h, tables)
-        columns = [np.broadcast_to(x, q0.shape).tolist() for x in flat]
-        return [self._tiles(row) for row in zip(*columns, strict=True)] if columns else [Tiles((), ())] * len(q0)
+        flat = self.arrays(q0, q1, 0, 0, N, 0, offset, tile, b, np.asarray(heads)[:, None], tables)
+        if not flat:
+            return [[Tiles((), ())] * len(q0)] * len(heads)
+        columns = [np.broadcast_to(x, (len(heads), len(q0))).tolist() for x in flat]
+        return [[self._tiles(row) for row in zip(*of, strict=True)] for of in zip(*columns, strict=True)]
 
     def _tiles(self, flat: Sequence[int]) -> Tiles:
         cut = 5 * len(self.full)

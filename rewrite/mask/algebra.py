@@ -107,12 +107,12 @@ class Mask:
         """Every query reads every key."""
         return self.keep == sympy.true
 
-    @property
+    @cached_property
     def per_head(self) -> bool:
         """Heads differ."""
         return h in self.keep.free_symbols
 
-    @property
+    @cached_property
     def per_row(self) -> bool:
         """Rows of the batch differ."""
         return b in self.keep.free_symbols

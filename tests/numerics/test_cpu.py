@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from codegen import cpu, oracle, pieces
+from codegen import cpu, cpu_backward, oracle, pieces
 from codegen.options import Options
 from codegen.pieces import Shape
 from rewrite.mask import (
@@ -69,7 +69,7 @@ def held(chosen: Mask, qkv: list[Tensor], options: Options) -> None:
     grads = torch.autograd.grad(o, list(wanted.values()), grad, allow_unused=True)
     with torch.no_grad():
         got, got_lse = cpu.forward(*qkv, chosen, options)
-        found = cpu.backward(grad, *qkv, got, got_lse, chosen, options, options.bias is not None)
+        found = cpu_backward.backward(grad, *qkv, got, got_lse, chosen, options, options.bias is not None)
     torch.testing.assert_close(got, o.detach(), rtol=0, atol=1e-11)
     torch.testing.assert_close(got_lse, lse.detach(), rtol=0, atol=1e-11)
     assert set(found) == set(wanted)
@@ -198,7 +198,9 @@ def test_sparse_masks_visit_little() -> None:
 def test_a_second_backward_pass_is_the_same_to_the_bit() -> None:
     qkv = [x.detach().float() for x in tensors(300, 300, 2, 16)]
     o, lse = cpu.forward(*qkv, MASKS["sink"](), Options(0.25))
-    once, again = (cpu.backward(torch.ones_like(o), *qkv, o, lse, MASKS["sink"](), Options(0.25)) for _ in range(2))
+    once, again = (
+        cpu_backward.backward(torch.ones_like(o), *qkv, o, lse, MASKS["sink"](), Options(0.25)) for _ in range(2)
+    )
     assert all(torch.equal(once[n], again[n]) for n in once)
 
 
