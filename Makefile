@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint bench-quality coverage emission latent bench-decode wide schedule kernels bench-gpu clean
+.PHONY: demo test lint bench-quality coverage emission latent bench-decode wide schedule kernels bench-gpu bench-cpu clean
 
 .venv: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,9 @@ latent: .venv
 
 bench-decode: .venv
 	$(BIN)/python -m bench.decode --write
+
+bench-cpu: .venv
+	$(BIN)/python -m bench.onnx --write
 
 wide: .venv
 	$(BIN)/python -m bench.wide --write

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -313,6 +314,9 @@ def run_export(options: argparse.Namespace) -> tuple[str, int]:
     from rewrite.folder import refuse_output
     from rewrite.progress import progress
 
+    missing = [name for name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise BadUsage("onnx", f"not installed: {', '.join(missing)}", "pip install 'reattn[onnx]'")
     require_checkpoint(options.model)
     refuse_output(options.out, options.model)
     _api()

@@ -52,7 +52,7 @@ def describe(module: nn.Module, failure: Exception) -> ReattnError:
 
 def _message(failure: Exception) -> str:
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    first = lines[0] if lines else "no message"
+    first = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else "no message"
     return f"{type(failure).__name__}: {first[:300]}"
 
 

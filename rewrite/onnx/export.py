@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -187,8 +188,23 @@ def _translated(model: nn.Module, traced: Traced) -> ir.Model:
         )
     except Exception as failure:  # tracing runs the model's own code, which may raise anything
         # the exporter's own error is a page of advice on reporting it; what it was raised from tells what happened
-        raise describe(model, failure.__cause__ if isinstance(failure.__cause__, Exception) else failure) from failure
+        why = failure.__cause__ if isinstance(failure.__cause__, Exception) else failure
+        raise _stuck(str(why), traced) or describe(model, why) from failure
     return made.model
+
+
+_STATIC = re.compile(
+    r"static shape of (\d+) for dimension inputs\['(\w+)'\](?:\[(\d+)\])?(?:\[(\d+)\])?\.shape\[(\d+)\]"
+)
+
+
+def _stuck(message: str, traced: Traced) -> Refused | None:
+    """The error where an axis that was to move has one size, in the names of the file."""
+    found = [
+        f"axis {axis} of {traced.named_input(argument, *(int(n) for n in (first, second) if n))} stayed {length}"
+        for length, argument, first, second, axis in _STATIC.findall(message)
+    ]
+    return graph.fixed_size(", ".join(found)) if found else None
 
 
 def _axes(traced: Traced) -> dict[str, dict[int, str]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
     IdentityEliminationPass,
     RemoveUnusedNodesPass,
@@ -24,6 +25,8 @@ REPEAT = frozenset({"Expand", "Tile", "Gather", "GatherND", "GatherElements"})
 
 def finish(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> None:
     """Put what the exporter made into shape: equal parts once, the functions that are called, the axes' names."""
+    # the exporter notes on every node which lines of which files of this machine it comes from
+    ClearMetadataAndDocStringPass()(model)
     CommonSubexpressionEliminationPass()(model)
     # a copy between an operator and an output would keep it from writing in place
     IdentityEliminationPass()(model)
@@ -63,6 +66,11 @@ def fixed(model: ir.Model, shapes: dict[str, dict[int, str]]) -> str | None:
             if shape is not None and isinstance(shape[axis], int)
         ]
     return ", ".join(stuck) if stuck else None
+
+
+def fixed_size(stuck: str) -> Refused:
+    """The error for axes that do not move."""
+    return Refused("onnx", f"the model fixes a size while it is traced: {stuck}", "a file of ours serves any size")
 
 
 def foreign(model: ir.Model) -> set[str]:
@@ -115,7 +123,7 @@ def require(model: ir.Model, shapes: dict[str, dict[int, str]], *, contrib: bool
     """Raise where the graph is not what was asked for."""
     stuck = fixed(model, shapes)
     if stuck is not None:
-        raise Refused("onnx", f"the model fixes a size while it is traced: {stuck}", "a file of ours serves any size")
+        raise fixed_size(stuck)
     others = foreign(model) - ({"com.microsoft::GroupQueryAttention"} if contrib else set())
     if others:
         raise Refused("onnx", f"the graph needs operators that are not standard: {', '.join(sorted(others))}")

@@ -104,11 +104,7 @@ class Stage:
         found: list[Slot] = []
         for at, layer in enumerate(self._layers()):
             if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (layer.keys, layer.values)):
-                raise Refused(
-                    "onnx",
-                    f"layer {at} of its cache is a {type(layer).__name__}, which holds more than keys and values",
-                    "only attention with keys and values, or with a latent, is written to a file",
-                )
+                raise Refused("onnx", f"layer {at} of its cache was not filled", "every layer has to cache something")
             rank = self.seen.get(at)
             width = layer.keys.shape[3]
             if rank is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rewrite.errors import BadUsage, Refused
 from rewrite.examples import Inputs, given, propose
@@ -36,6 +37,12 @@ class Traced:
     """What each layer caches; empty where nothing is cached."""
     named: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Every argument of the model by name, where nothing is cached."""
+
+    def named_input(self, argument: str, *place: int) -> str:
+        """The input's name of a tensor at a place in an argument of the module's forward."""
+        if argument == "past":
+            return names.past(*place)
+        return self.inputs[place[0]] if place else argument
 
 
 class Decoding(nn.Module):
@@ -93,8 +100,16 @@ def takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def learn(model: nn.Module, vocabulary: int) -> list[Slot]:
+def learn(model: Any, vocabulary: int) -> list[Slot]:
     """What each layer caches, read from a run with an ordinary cache."""
+    for at, layer in enumerate(DynamicCache(config=model.config.get_text_config()).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise Refused(
+                "onnx",
+                f"layer {at} of its cache is a {type(layer).__name__}, which holds more than keys and values",
+                "only attention with keys and values, or with a latent, is written to a file",
+            )
+    # windows are in the mask: a file holds what is behind them too, as an ordinary cache does
     stage = Stage(cache=DynamicCache())
     ids = torch.arange(BATCH * TOKENS).reshape(BATCH, TOKENS) % vocabulary
     given = {"attention_mask": torch.ones_like(ids), "past_key_values": stage.cache, "use_cache": True}

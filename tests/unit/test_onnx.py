@@ -115,6 +115,7 @@ def test_names_axes_and_metadata(tmp_path: Path) -> None:
         "present.0.key": ["batch", 1, "total", 16],
         "present.0.value": ["batch", 1, "total", 16],
     }
+    assert "/" not in "".join(p.value for n in model.graph.node for p in n.metadata_props), "no paths of this machine"
     told = {p.key: p.value for p in model.metadata_props}
     assert told[names.FORM] == "matmul"
     assert told[names.RECIPE].startswith("gqa:")
@@ -183,7 +184,7 @@ class Frozen(nn.Module):
 
 
 def test_a_size_that_is_fixed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ReattnError, match=r"batch|axis 0") as caught:
+    with pytest.raises(ReattnError, match="axis 0 of x stayed 2") as caught:
         export_onnx(Frozen(), tmp_path / "m.onnx", inputs=(torch.randn(2, 6),))
     assert caught.value.code == 3
     assert list(tmp_path.iterdir()) == []
