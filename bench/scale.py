@@ -176,8 +176,8 @@ def measure(place: Path, gb: float, memory: str, targets: Sequence[str], kill: b
     size = sum(p.stat().st_size for p in source.iterdir())
     copy = copied(source, place / "copy")
     lines = [
-        f"{config(gb).num_hidden_layers} layers, {size / 1e9:.1f} GB in files of 5 GB, `--memory {memory}`; copying the "
-        f"same files takes {copy:.0f} s. Memory is the most of samples taken every 0.05 s. {machine()}",
+        f"{config(gb).num_hidden_layers} layers, {size / 1e9:.1f} GB in files of 5 GB, `--memory {memory}`; copying "
+        f"the same files takes {copy:.0f} s. Memory is the most of samples taken every 0.05 s. {machine()}",
         "",
         "| target | seconds | of a copy's | RssAnon, GB | RssFile, GB | output, GB |",
         "|---|---|---|---|---|---|",

@@ -26,7 +26,7 @@ from passes.find import Found, find
 from passes.plan import BASE_MEMORY, Plan
 from passes.saved import SavedChanges
 from rewrite.capture import capture
-from rewrite.checkpoint import Checkpoint, open_checkpoint, require_checkpoint
+from rewrite.checkpoint import Checkpoint, open_checkpoint, require_checkpoint, require_floats
 from rewrite.emit.large import Large, touched
 from rewrite.errors import BadUsage, OutOfSpace, Refused
 from rewrite.folder import Draft
@@ -191,9 +191,11 @@ def require_job(job: Job) -> None:
 def require_named(job: Job) -> None:
     """Raise where the files name or shape what a site needs otherwise than the model does."""
     held = job.held()
+    shapes = {n: tuple(t.shape) for n, t in job.model.state_dict().items()}
+    require_floats(held, [n for n, p in job.model.named_parameters() if p.is_floating_point()])
     for site in job.sites:
         for name in sorted(touched(site)):
-            wanted = tuple(job.model.state_dict()[name].shape)
+            wanted = shapes[name]
             if held.shape(name) != wanted:
                 have = f"is {list(held.shape(name) or ())}" if held.entry(name) else "is missing"
                 raise Refused(
