@@ -159,9 +159,8 @@ def _stream(
     found = find(program.static)
     planned = step.plan(opened.working, program, found)
     require(planned)
-    require_space(planned, out)
     job = Job(program, found, step.targets(program, found), planned, step.how, opened, limit)
-    require_job(job)
+    require_job(job, out)
     with together() as ranks:
         mine = (
             draft(out, opened.folder, key=step.key(checking.seed), restart=not resume) if ranks.first else joined(out)
