@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint bench-quality coverage emission latent bench-decode wide clean
+.PHONY: demo test lint bench-quality coverage emission latent bench-decode wide scale clean
 
 .venv: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,9 @@ bench-decode: .venv
 
 wide: .venv
 	$(BIN)/python -m bench.wide --write
+
+scale: .venv
+	$(BIN)/python -m bench.scale --write
 
 clean:
 	rm -rf .venv demo

@@ -37,7 +37,7 @@ from rewrite.program import Program
 from rewrite.ranks import Ranks, here
 from rewrite.shards import Source, lay_out, write_shards
 from rewrite.short import fill, in_float, kinds, shortened
-from rewrite.site import Output, Site
+from rewrite.site import Dense, Grouped, Latent, Output, Site
 from rewrite.table import size
 from rewrite.weights import type_of
 
@@ -186,9 +186,22 @@ def _in_memory(folder: str | Path) -> int:
 
 def require_job(job: Job, out: Path) -> None:
     """Raise where the conversion cannot be made piece by piece, before anything is written."""
+    require_forms(job)
     require_named(job)
     require_memory(job)
     require_disk(job, out)
+
+
+def require_forms(job: Job) -> None:
+    """Raise where a target makes of a site what is not written piece by piece yet."""
+    for site in job.sites:
+        new = job.targets[site.name].after(site)
+        if not isinstance(new.form, (Dense, Grouped, Latent)) or new.mask != site.mask:
+            raise Refused(
+                "stream",
+                f"{site.name} becomes {type(new.form).__name__.lower()}, which is not yet written piece by piece",
+                "leave --memory away, where the model fits into memory: reattn plan says how much it needs",
+            )
 
 
 def require_disk(job: Job, out: Path) -> None:
