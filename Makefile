@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint bench-quality coverage emission latent bench-decode wide schedule kernels bench-gpu bench-cpu clean
+.PHONY: demo test lint bench-quality coverage emission latent bench-decode wide schedule kernels bench-gpu bench-cpu scale clean
 
 .venv: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -53,6 +53,9 @@ kernels: .venv
 
 bench-gpu: .venv
 	$(BIN)/python -m bench.gpu
+
+scale: .venv
+	$(BIN)/python -m bench.scale --write
 
 clean:
 	rm -rf .venv demo

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,58 +149,58 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hash_of(p) for p in sorted(folder.iterdir())}
 
 
-def resumed(source: Path, out: Path, memory: str, log: Path, whole: Ran) -> tuple[int, float, dict[str, str]]:
-    """(kills, seconds of all runs together, hashes) of a conversion that is killed three times at random."""
+def resumed(
+    source: Path, out: Path, target: str, memory: str, log: Path, undisturbed: Ran, whole: dict[str, str]
+) -> str:
+    """A conversion that is killed three times at random, and what came of it."""
     kills, total, draw = 0, 0.0, random.Random(0)
-    while kills < 3:
-        done = run(command(source, out, TARGETS[0], memory), log, draw.uniform(0.15, 0.6) * whole.seconds)
+    while kills < 3 and not out.exists():
+        done = run(command(source, out, target, memory), log, draw.uniform(0.15, 0.6) * undisturbed.seconds)
         total += done.seconds
-        if done.code == 0:
-            break
-        kills += 1
+        kills += done.code != 0
     if not out.exists():
-        total += run(command(source, out, TARGETS[0], memory), log).seconds
-    return kills, total, hashes(out)
+        total += run(command(source, out, target, memory), log).seconds
+    if hashes(out) != whole:
+        raise SystemExit("a conversion that was killed and resumed left other bytes")
+    return (
+        f"{target} again, killed with SIGKILL at {kills} random moments and started anew each time: {total:.0f} s in "
+        f"all, against {undisturbed.seconds:.0f} s undisturbed, and every file has the same bytes."
+    )
 
 
-def measure(place: Path, gb: float, memory: str) -> str:
+def measure(place: Path, gb: float, memory: str, targets: Sequence[str], kill: bool) -> str:
     """The text for the page."""
     source, out, log = place / "model", place / "out", place / "log.txt"
     if not source.exists():
         make(source, gb)
     size = sum(p.stat().st_size for p in source.iterdir())
     copy = copied(source, place / "copy")
-    rows = ["| target | seconds | of a copy's | RssAnon, GB | RssFile, GB | output, GB |", "|---|---|---|---|---|---|"]
-    whole: dict[str, str] = {}
-    first: Ran | None = None
-    for target in TARGETS:
-        shutil.rmtree(out, ignore_errors=True)
+    lines = [
+        f"{config(gb).num_hidden_layers} layers, {size / 1e9:.1f} GB in files of 5 GB, `--memory {memory}`; copying "
+        f"the same files takes {copy:.0f} s. Memory is the most of samples taken every 0.05 s. {machine()}",
+        "",
+        "| target | seconds | of a copy's | RssAnon, GB | RssFile, GB | output, GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for target in targets:
         done = run(command(source, out, target, memory), log)
         if done.code:
             raise SystemExit(f"{target} ended with {done.code}; see {log}")
         made = sum(p.stat().st_size for p in out.iterdir())
         figures = f"{done.anonymous / 1e9:.2f} | {done.mapped / 1e9:.2f} | {made / 1e9:.2f}"
-        rows.append(f"| {target} | {done.seconds:.0f} | {done.seconds / copy:.1f} | {figures} |")
-        if first is None:
-            first, whole = done, hashes(out)
-    shutil.rmtree(out)
-    if first is None:
-        raise SystemExit("nothing was measured")
-    kills, total, again = resumed(source, out, memory, log, first)
-    if again != whole:
-        raise SystemExit("a conversion that was killed and resumed left other bytes")
-    shutil.rmtree(out)
-    return "\n".join(
-        [
-            f"{config(gb).num_hidden_layers} layers, {size / 1e9:.1f} GB in files of 5 GB, `--memory {memory}`; "
-            f"copying the same files takes {copy:.0f} s. Memory is the most of samples taken every 0.05 s.",
-            "",
-            *rows,
-            "",
-            f"{TARGETS[0]} again, killed with SIGKILL at {kills} random moments and started anew each time: "
-            f"{total:.0f} s in all, against {first.seconds:.0f} s undisturbed, and every file has the same bytes.",
-        ]
-    )
+        lines.append(f"| {target} | {done.seconds:.0f} | {done.seconds / copy:.1f} | {figures} |")
+        print(lines[-1], flush=True)
+        whole = hashes(out)
+        shutil.rmtree(out)
+        if kill and target == targets[-1]:
+            lines += ["", resumed(source, out, target, memory, log, done, whole)]
+            shutil.rmtree(out)
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What else was going on."""
+    return f"{os.cpu_count()} cores with a load of {os.getloadavg()[0]:.1f} at the start, shared with other work."
 
 
 def main() -> None:
@@ -209,11 +209,13 @@ def main() -> None:
     options.add_argument("--gb", type=float, default=16.1)
     options.add_argument("--memory", default="4GB")
     options.add_argument("--at", type=Path, default=Path("scale-bench"))
+    options.add_argument("--to", action="append", help="targets (gqa:4 and mla:cache=0.25)")
+    options.add_argument("--no-kill", action="store_true", help="do not kill and resume the last one")
     options.add_argument("--keep", action="store_true", help="leave the checkpoint for another run")
     options.add_argument("--write", action="store_true")
     given = options.parse_args()
     given.at.mkdir(parents=True, exist_ok=True)
-    text = measure(given.at, given.gb, given.memory)
+    text = measure(given.at, given.gb, given.memory, given.to or TARGETS, not given.no_kill)
     print(text)
     if not given.keep:
         shutil.rmtree(given.at)

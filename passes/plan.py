@@ -179,9 +179,10 @@ class Plan:
     def _needs(self) -> str:
         here, ram, disk = self.here, self.memory_needed, self.weights.after
         ok = "ok" if ram <= here.memory and disk <= here.disk else "NOT ENOUGH"
+        less = "; from the weights alone it goes site by site in less" if ram > here.memory else ""
         return (
             f"needs    about {size(ram)} RAM · {size(disk)} free disk · no GPU"
-            f"       this machine: {size(here.memory)} RAM, {size(here.disk)} disk free  {ok}"
+            f"       this machine: {size(here.memory)} RAM, {size(here.disk)} disk free  {ok}{less}"
         )
 
     def explain(self, name: str) -> str:

@@ -26,10 +26,10 @@ from passes.find import Found, find
 from passes.plan import BASE_MEMORY, Plan
 from passes.saved import SavedChanges
 from rewrite.capture import capture
-from rewrite.checkpoint import Checkpoint, open_checkpoint, require_checkpoint
+from rewrite.checkpoint import Checkpoint, open_checkpoint, require_checkpoint, require_floats
 from rewrite.emit.large import Large, touched
 from rewrite.errors import BadUsage, OutOfSpace, Refused
-from rewrite.folder import Draft
+from rewrite.folder import Draft, free_line, partial_of
 from rewrite.journal import Journal
 from rewrite.machine import anonymous, this_machine
 from rewrite.opened import Opened
@@ -37,7 +37,7 @@ from rewrite.program import Program
 from rewrite.ranks import Ranks, here
 from rewrite.shards import Source, lay_out, write_shards
 from rewrite.short import fill, in_float, kinds, shortened
-from rewrite.site import Output, Site
+from rewrite.site import Dense, Grouped, Latent, Output, Site
 from rewrite.table import size
 from rewrite.weights import type_of
 
@@ -45,6 +45,8 @@ UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 SITE = 12
 """Bytes for every number of a site's matrices, while it is rewritten or written: as measured at the width of Llama 3
 8B, float64 matrices beside the ones that they were made from and the places of their numbers."""
+WAITING = 8
+"""Bytes on disk at most for every number of a converted site, until the output is written."""
 SHORT = 12
 """Bytes for every number of the model cut short: itself, its copy in another form, and what runs hold."""
 
@@ -182,18 +184,46 @@ def _in_memory(folder: str | Path) -> int:
     return BASE_MEMORY + 8 * (0 if held is None else held.parameters)
 
 
-def require_job(job: Job) -> None:
+def require_job(job: Job, out: Path) -> None:
     """Raise where the conversion cannot be made piece by piece, before anything is written."""
+    require_forms(job)
     require_named(job)
     require_memory(job)
+    require_disk(job, out)
+
+
+def require_forms(job: Job) -> None:
+    """Raise where a target makes of a site what is not written piece by piece yet."""
+    for site in job.sites:
+        new = job.targets[site.name].after(site)
+        if not isinstance(new.form, (Dense, Grouped, Latent)) or new.mask != site.mask:
+            raise Refused(
+                "stream",
+                f"{site.name} becomes {type(new.form).__name__.lower()}, which is not yet written piece by piece",
+                "leave --memory away, where the model fits into memory: reattn plan says how much it needs",
+            )
+
+
+def require_disk(job: Job, out: Path) -> None:
+    """Raise where the output and the converted sites that wait for it do not fit; what an earlier run left counts."""
+    needed = job.plan.weights.after + WAITING * sum(_numbers(s) for s in job.sites)
+    there = sum(p.stat().st_size for p in partial_of(out).rglob("*") if p.is_file())
+    free = this_machine(out.absolute().parent).disk
+    if needed > free + there:
+        raise OutOfSpace(
+            "disk",
+            f"the result and what waits for it need {size(needed)}, {free_line(out)}",
+        )
 
 
 def require_named(job: Job) -> None:
     """Raise where the files name or shape what a site needs otherwise than the model does."""
     held = job.held()
+    shapes = {n: tuple(t.shape) for n, t in job.model.state_dict().items()}
+    require_floats(held, [n for n, p in job.model.named_parameters() if p.is_floating_point()])
     for site in job.sites:
         for name in sorted(touched(site)):
-            wanted = tuple(job.model.state_dict()[name].shape)
+            wanted = shapes[name]
             if held.shape(name) != wanted:
                 have = f"is {list(held.shape(name) or ())}" if held.entry(name) else "is missing"
                 raise Refused(

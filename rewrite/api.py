@@ -118,7 +118,7 @@ def convert(
     folder = None if out is None else Path(out)
     step = _Step(asked, inputs, only, tuple(skip), opened, calibration, windows, folder, tuning, emit)
     if streamed and folder is not None:
-        checking = _Checking(text, inputs, max_loss, seed) if check else None
+        checking = _Checking(check, text, inputs, max_loss, seed)
         return _stream(step, opened, folder, limit, tell, checking, resume=resume)
     done = step.run(opened.working, tell)
     made: Any = opened.as_given(done.model)
@@ -142,8 +142,9 @@ class Written:
 
 @dataclass(frozen=True)
 class _Checking:
-    """How the result is measured."""
+    """How the result is measured, where it is."""
 
+    wanted: bool
     text: Any
     inputs: Inputs
     max_loss: float | None
@@ -151,19 +152,19 @@ class _Checking:
 
 
 def _stream(
-    step: _Step, opened: Opened, out: Path, limit: int, tell: Tell, checking: _Checking | None, *, resume: bool
+    step: _Step, opened: Opened, out: Path, limit: int, tell: Tell, checking: _Checking, *, resume: bool
 ) -> Written | None:
     """The pipeline from folder to folder: nothing that is as large as the model is held."""
     program = capture(opened.working, step.inputs, dynamic=False)
     found = find(program.static)
     planned = step.plan(opened.working, program, found)
     require(planned)
-    require_space(planned, out)
     job = Job(program, found, step.targets(program, found), planned, step.how, opened, limit)
-    require_job(job)
-    seed = 0 if checking is None else checking.seed
+    require_job(job, out)
     with together() as ranks:
-        mine = draft(out, opened.folder, key=step.key(seed), restart=not resume) if ranks.first else joined(out)
+        mine = (
+            draft(out, opened.folder, key=step.key(checking.seed), restart=not resume) if ranks.first else joined(out)
+        )
         with mine as work:
             ranks.meet()
             made = stream(job, work, tell, ranks)
@@ -171,15 +172,15 @@ def _stream(
                 return None
             save_config(made.large.model, made.types, work)
             checked, notes = _check_written(opened, work.path, checking, limit, tell)
-            report = step.report(made.plan, None, made.errors, [*made.notes, *notes], checked, seed)
+            report = step.report(made.plan, None, made.errors, [*made.notes, *notes], checked, checking.seed)
             return Written(*finish(work, opened, report, made.hashes))
 
 
 def _check_written(
-    opened: Opened, made: Path, checking: _Checking | None, limit: int, tell: Tell
+    opened: Opened, made: Path, checking: _Checking, limit: int, tell: Tell
 ) -> tuple[Checked | None, list[str]]:
     """What the files say when they are loaded, where both models fit; and why they were not."""
-    if checking is None:
+    if not checking.wanted:
         return None, []
     if too_large(opened.label, limit):
         return None, ["not checked: both models together take more memory than was allowed"]

@@ -6,18 +6,20 @@ Tensor names are never made into paths, names of shards only when they are bare;
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rewrite.errors import Refused
-from rewrite.weights import BYTES, Entry, Header, read_header, read_pieces, read_tensor
+from rewrite.weights import BYTES, Entry, Header, is_text, read_header, read_pieces, read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+FLOATS = ("BF16", "F16", "F32", "F64")
+"""Types of weights that are computed with."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 """Endings of weight files that are not read."""
 
@@ -90,7 +92,7 @@ def locate(model: Path) -> Path:
         )
     try:
         parsed = json.loads(config.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why:
+    except (ValueError, RecursionError) as why:
         raise Refused("not-a-model", f"{config} is not JSON", str(why), "download the file again") from why
     if not isinstance(parsed, dict):
         raise Refused("not-a-model", f"{config} is not a JSON object", "download the file again")
@@ -140,18 +142,34 @@ def require_checkpoint(model: Path) -> Checkpoint:
 
 
 def _regular(path: Path) -> Path:
+    """A file in its own folder; a link may lead to another one there, or to where the hub's cache keeps its files."""
     if not path.is_file():
         raise Refused("no-weights", f"{path} is no file", "download it again")
+    if path.is_symlink():
+        home, target = path.parent.resolve(), path.resolve()
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+        if target.parent not in (home, blobs):
+            raise Refused(
+                "linked-weights",
+                f"{path} is a link that leads out of the model's folder",
+                f"it leads to {target}",
+                "put the file itself there: cp --remove-destination",
+            )
     return path
 
 
 def _read_shards(folder: Path, index: Path) -> tuple[Header, ...]:
-    weight_map = _weight_map(index)
+    weight_map = _weight_map(_regular(index))
     headers: dict[str, Header] = {}
+    found: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise _bad_index(index, f"it lists {shard}, which is not in the folder")
-        headers[shard] = read_header(folder / shard)
+        headers[shard] = read_header(_regular(folder / shard))
+        for name in headers[shard].entries:
+            if name in found:
+                raise _bad_index(index, f"tensor '{name}' is in two of its files: {found[name]} and {shard}")
+            found[name] = shard
     for name, shard in weight_map.items():
         if name not in headers[shard].entries:
             raise _bad_index(index, f"tensor '{name}' is not in {shard}")
@@ -159,9 +177,16 @@ def _read_shards(folder: Path, index: Path) -> tuple[Header, ...]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise _bad_index(index, f"it lists {next(n for n in names if names.count(n) > 1)!a} twice")
+        return found
+
     try:
-        raw = json.loads(index.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why:
+        raw = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as why:
         raise _bad_index(index, f"it is not JSON: {why}") from why
     table = cast("dict[str, Any]", raw).get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(table, dict) or not table:
@@ -169,10 +194,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     if "metadata" not in raw:
         raise _bad_index(index, 'it has no "metadata", which transformers needs to load it')
     for name, shard in cast("dict[str, Any]", table).items():
+        if not is_text(name):
+            raise _bad_index(index, f"it names a tensor {name!a}, which is no text")
         if not isinstance(shard, str) or not _bare(shard):
-            raise _bad_index(
-                index, f"tensor '{name}' points to {shard!r}; a bare name ending in .safetensors is wanted"
-            )
+            what = ascii(shard)[:300]
+            raise _bad_index(index, f"tensor '{name}' points to {what}; a bare name ending in .safetensors is wanted")
     return cast("dict[str, str]", table)
 
 
@@ -181,4 +207,23 @@ def _bad_index(index: Path, why: str) -> Refused:
 
 
 def _bare(name: str) -> bool:
-    return name.endswith(".safetensors") and not set(name) & {"/", "\\", "\0", ":"} and not name.startswith(".")
+    return (
+        name.endswith(".safetensors")
+        and not set(name) & {"/", "\\", "\0", ":"}
+        and not name.startswith(".")
+        and is_text(name)
+        and len(name.encode("utf-8")) <= 255
+    )
+
+
+def require_floats(held: Checkpoint, names: Iterable[str]) -> None:
+    """Raise where weights that are computed with are no plain floating numbers: quantised ones mean other numbers."""
+    for name in names:
+        entry = held.entry(name)
+        if entry is not None and entry.dtype not in FLOATS:
+            raise Refused(
+                "wrong-dtype",
+                f"{held.folder} holds weights that are no floating numbers: {name} is {entry.dtype}",
+                f"read are: {'  '.join(FLOATS)}",
+                "of a quantised model convert the original, and quantise the result",
+            )

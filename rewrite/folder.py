@@ -101,7 +101,7 @@ def refuse_output(out: Path, source: Path | None = None) -> None:
         raise Refused("output-unwritable", f"cannot write {out}", f"{parent} {what}", fix)
     if source is not None and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise Refused("output-inside-input", f"{out} lies inside the model {source}", "choose a folder outside of it")
-    partial = _partial(out)
+    partial = partial_of(out)
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise _foreign(out, partial)
     with _as_refusal(out):
@@ -122,7 +122,7 @@ def draft(out: Path, source: Path | None = None, *, key: str = "", restart: bool
     finds it, and one with another key is refused unless it may `restart`.
     """
     refuse_output(out, source)
-    partial = _partial(out)
+    partial = partial_of(out)
     with _as_refusal(out):
         partial.mkdir(exist_ok=True)
         lock = _lock(out, partial)
@@ -146,7 +146,7 @@ def draft(out: Path, source: Path | None = None, *, key: str = "", restart: bool
 @contextmanager
 def joined(out: Path) -> Generator[Draft]:
     """The draft that another process of this run opens."""
-    yield Draft(out, _partial(out), _partial(out) / _WHOLE)
+    yield Draft(out, partial_of(out), partial_of(out) / _WHOLE)
 
 
 def _settle(out: Path, partial: Path, key: str, restart: bool) -> None:
@@ -182,7 +182,8 @@ def _other(out: Path, partial: Path, before: str, key: str) -> ReattnError:
     )
 
 
-def _partial(out: Path) -> Path:
+def partial_of(out: Path) -> Path:
+    """Where the output is made."""
     return out.with_name(out.name + ".partial")
 
 
@@ -227,7 +228,7 @@ def _as_refusal(out: Path) -> Generator[None]:
     except OSError as why:
         if why.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutOfSpace("disk", f"the disk is full: {out} is not complete", free_line(out)) from why
-        if isinstance(why.filename, str) and Path(why.filename).name == _partial(out).name:
+        if isinstance(why.filename, str) and Path(why.filename).name == partial_of(out).name:
             reason = (why.strerror or str(why)).lower()
             raise Refused(
                 "output-unwritable",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewrite.checkpoint import locate, require_checkpoint
+from rewrite.checkpoint import locate, require_checkpoint, require_floats
 from rewrite.errors import Refused
 
 
@@ -92,7 +92,7 @@ def empty(kind: Any, config: Any) -> nn.Module:
 
 
 def _loaded(kind: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    require_checkpoint(folder)
+    held = require_checkpoint(folder)
     loaded: tuple[nn.Module, dict[str, Any]] = kind.from_pretrained(
         folder,
         use_safetensors=True,
@@ -102,6 +102,7 @@ def _loaded(kind: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.M
         trust_remote_code=trust_remote_code,
     )
     model, info = loaded
+    require_floats(held, [n for n, p in model.named_parameters() if p.is_floating_point()])
     wrong = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in info[key])
     if wrong:
         raise Refused(

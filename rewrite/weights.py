@@ -88,11 +88,23 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
     try:
         raw = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why:
+    except (ValueError, RecursionError) as why:
         raise _corrupt(path, f"its header is not JSON: {why}") from why
     if not isinstance(raw, dict):
         raise _corrupt(path, f"its header is a JSON {type(raw).__name__}, not an object")
+    unwritable = next((name for name in raw if not is_text(name)), None)
+    if unwritable is not None:
+        raise _corrupt(path, f"its header names a tensor {unwritable!a}, which is no text")
     return cast("dict[str, Any]", raw)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be printed and written: half of a pair of surrogates cannot."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return name.isprintable()
 
 
 def _metadata(path: Path, raw: Any) -> dict[str, str]:

@@ -30,9 +30,10 @@ there.{name} = counted
 from rewrite.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+# the first file that is given its name is the key
 MOMENTS = {
-    "first-site": ("journal.os", "replace", 1),
-    "third-site": ("journal.os", "replace", 3),
+    "first-site": ("journal.os", "replace", 2),
+    "third-site": ("journal.os", "replace", 4),
     "half-a-site": ("weights.os", "fsync", 2),
     "half-a-file": ("shards", "write", 1),
     "file-not-noted": ("journal.Journal", "noted", 1),

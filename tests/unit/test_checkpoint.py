@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rewrite.checkpoint import locate, open_checkpoint, require_checkpoint
+from rewrite.checkpoint import locate, open_checkpoint, require_checkpoint, require_floats
 from rewrite.errors import Refused
 
 
@@ -52,11 +52,50 @@ def test_a_config_file_stands_alone(folder: Path):
     assert open_checkpoint(config) is None
 
 
-def test_a_link_to_a_file_elsewhere_is_read(folder: Path, tmp_path: Path):
-    """Download caches keep the bytes elsewhere and link to them."""
-    save_file({"a": torch.zeros(2)}, tmp_path / "blob")
-    (folder / "model.safetensors").symlink_to(tmp_path / "blob")
-    assert require_checkpoint(folder).parameters == 2
+def test_links_of_the_hub_cache_are_read(tmp_path: Path):
+    """It keeps the bytes under blobs, and links to them from snapshots."""
+    place = tmp_path / "models--x" / "snapshots" / "abc"
+    place.mkdir(parents=True)
+    (tmp_path / "models--x" / "blobs").mkdir()
+    (place / "config.json").write_text('{"model_type": "x"}')
+    save_file({"a": torch.zeros(2)}, tmp_path / "models--x" / "blobs" / "0f")
+    (place / "model.safetensors").symlink_to("../../blobs/0f")
+    assert require_checkpoint(place).parameters == 2
+
+
+@pytest.mark.parametrize("which", ["weights", "index", "shard"])
+def test_a_link_that_leads_out_is_refused(which: str, folder: Path, tmp_path: Path, golden):
+    sharded(folder, SHARDS)
+    name = {
+        "weights": "model.safetensors", "index": "model.safetensors.index.json", "shard": str(SHARDS["b"])
+    }[which]  # fmt: skip
+    if which == "weights":
+        save_file({"a": torch.zeros(2)}, tmp_path / "elsewhere")
+    else:
+        (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert refusal(folder, golden).slug == "linked-weights"
+
+
+def test_an_index_that_lists_a_tensor_twice(folder: Path, golden):
+    sharded(folder, SHARDS)
+    path = folder / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"b":', '"a":'))
+    assert refusal(folder, golden).slug == "safetensors"
+
+
+def test_a_tensor_in_two_files(folder: Path, golden):
+    sharded(folder, SHARDS)
+    save_file({"a": torch.ones(2), "b": torch.ones(1)}, folder / "model-00002-of-00002.safetensors")
+    assert refusal(folder, golden).slug == "safetensors"
+
+
+def test_quantised_weights(folder: Path, golden):
+    save_file({"a": torch.zeros(2, dtype=torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(Refused) as caught:
+        require_floats(require_checkpoint(folder), ["a"])
+    golden(str(caught.value).replace(str(folder.parent), "PLACE"))
+    assert caught.value.slug == "wrong-dtype"
 
 
 def test_a_config_alone_has_no_weights(folder: Path, golden):
