@@ -1,4 +1,4 @@
-"""Masks that a block-sparse target makes, how many pairs of query and key they leave, and what a cache needs for them."""
+"""Masks that a block-sparse target makes, the pairs of query and key that they leave, and what a cache needs."""
 
 from __future__ import annotations
 
