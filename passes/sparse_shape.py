@@ -84,7 +84,7 @@ def around_pairs(tokens: int, sinks: int, width: int | None) -> int:
         return tokens * tokens
     at_q = np.arange(tokens)
     low, high = np.maximum(at_q - width + 1, 0), np.minimum(at_q + width, tokens)
-    return int((high - low + np.minimum(low, sinks) + np.maximum(sinks - np.maximum(high, 0), 0)).sum())
+    return int((high - low + np.minimum(low, sinks) + np.maximum(min(sinks, tokens) - high, 0)).sum())
 
 
 def cost(site: Site, tokens: int, sinks: int, width: int | None) -> int:
