@@ -20,7 +20,7 @@ from passes.find import Found, find
 from passes.mla_basis import of_tokens
 from passes.moments import SiteBatch
 from passes.region import Machine, Slice, slice_of, twins
-from passes.trial import heads_outputs, uniform
+from passes.trial import heads_outputs, inner, uniform
 from passes.tune import Tuning
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
@@ -93,7 +93,8 @@ class Source:
     def _leave(self, stream: Stream, part: Slice, change: Change) -> None:
         made = change.rewritten
         edits = expanded(part.site, made.weights, made.site.kv_of, self._tensors)
-        stream.leave(part, edits, None if made.latents is None else _inner(part.site, made.latents, self.rows.shape[1]))
+        latents = made.latents
+        stream.leave(part, edits, inner(made) if latents is None else _inner(part.site, latents, self.rows.shape[1]))
 
     def _logits(self, changes: Mapping[str, Change], ids: Tensor) -> Tensor:
         machine, slices = self._slices()

@@ -1,8 +1,8 @@
 """Write masks into a captured graph: the attention operator in place of a fused core, hidden scores before a softmax.
 
-    before: sdpa(q, k, v, None, ...)              after: reattn::attention(q, k, v, mask), which leaves tiles out
-    before: sdpa(q, k, v, bias, ...)              after: sdpa(q, k, v, bias where the mask holds, ...)
-    before: softmax(scores)                       after: softmax(scores where the mask holds)
+before: sdpa(q, k, v, None, ...)              after: reattn::attention(q, k, v, mask), which leaves tiles out
+before: sdpa(q, k, v, bias, ...)              after: sdpa(q, k, v, bias where the mask holds, ...)
+before: softmax(scores)                       after: softmax(scores where the mask holds)
 """
 
 from __future__ import annotations
@@ -61,19 +61,25 @@ class Hidden(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         """Scores (..., heads, queries, keys) before their softmax."""
-        return scores.masked_fill(~self.keep(*scores.shape[-2:], scores), -torch.inf)
+        return scores.masked_fill(~self.keep(scores.shape[-2], scores.shape[-1], scores), -torch.inf)
 
 
-class HiddenBeside(Hidden):
+class HiddenBeside(nn.Module):
     """The same of a core's own mask or bias, which may be narrower than the scores."""
+
+    def __init__(self, hidden: Hidden) -> None:
+        super().__init__()
+        self.hidden = hidden
 
     def forward(self, given: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """A mask as the core takes it."""
-        keep = self.keep(q.shape[-2], k.shape[-2], q)
+        keep = self.hidden.keep(q.shape[-2], k.shape[-2], q)
         if given.dtype == torch.bool:
             return given & keep
-        return given.masked_fill(~keep, -torch.inf) if given.shape[-2:] == keep.shape[-2:] else torch.where(
-            keep, given, -torch.inf
+        return (
+            given.masked_fill(~keep, -torch.inf)
+            if given.shape[-2:] == keep.shape[-2:]
+            else torch.where(keep, given, -torch.inf)
         )
 
 
@@ -113,7 +119,7 @@ def _hide(module: GraphModule, core: Node, mask: Mask, site: Site, name: str) ->
         scale: Any = core.kwargs.get("scale")
         held, args = Core(mask, scale, sorted(range(4), key=lambda i: -strides[i])), core.args[:3]
     elif kind is TABLE and _given(core) is not None:
-        held, args = HiddenBeside(mask, site.heads), (_given(core), *core.args[:2])
+        held, args = HiddenBeside(Hidden(mask, site.heads)), (_given(core), *core.args[:2])
     else:
         held, args = Hidden(mask, site.heads), core.args[:1]
     module.add_submodule(name, held)
@@ -153,7 +159,9 @@ def _unfit(core: Node, site: Site, mask: Mask) -> str | None:
     if core.args[1] not in (-1, len(shape) - 1):
         return "its softmax does not run over the last axis"
     if mask.per_head and (len(shape) < 3 or shape[-3] != site.heads):
-        return f"its scores have axes {tuple(shape)}, among which its {site.heads} heads do not stand before the queries"
+        return (
+            f"its scores have axes {tuple(shape)}, among which its {site.heads} heads do not stand before the queries"
+        )
     return None
 
 

@@ -26,19 +26,17 @@ class Part:
     v: Tensor
     at: Tensor
     """(t,) positions of the queries"""
+    total: Tensor
+    """(b, h, t, 1) sums of p: less than one where a sink takes a part"""
 
-    def outputs(self, keep: Tensor | None) -> Tensor:
-        """(b, h, t, dv) of heads that read where `keep` (h or 1, t, s) is True."""
-        if keep is None:
-            return self.p @ self.v
+    def outputs(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Of heads that read where `keep` (h or 1, t, s) is True: z (b, h, t, dv), and the probability (b, h, t, 1) of
+        what is not read."""
         kept = self.p * keep
+        hidden = self.total - kept.sum(-1, keepdim=True)
         # what the sink takes is no key's, so it is left beside what the keys lose
-        left = 1 - (self.p.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True))
-        return (kept @ self.v).div_(left.clamp_min(torch.finfo(self.p.dtype).tiny)).nan_to_num_()
-
-    def hidden(self, keep: Tensor) -> Tensor:
-        """(b, h, t): the probability of what is not read."""
-        return (self.p * ~keep).sum(-1)
+        left = (1 - hidden).clamp_min(torch.finfo(self.p.dtype).tiny)
+        return (kept @ self.v).div_(left).nan_to_num_(), hidden
 
 
 def parts(batch: SiteBatch, dtype: torch.dtype = torch.float64) -> Iterator[Part]:
@@ -47,12 +45,13 @@ def parts(batch: SiteBatch, dtype: torch.dtype = torch.float64) -> Iterator[Part
     (b, h, t, _), s = batch.q.shape, batch.k.shape[2]
     v = batch.v[:, list(batch.site.kv_of)].to(dtype)
     for queries in torch.arange(t).split(max(1, SCORES // (b * h * s))):
-        yield Part(batch.some(ALL, queries)[..., :s].to(dtype), v, queries + s - t)
+        p = batch.some(ALL, queries)[..., :s].to(dtype)
+        yield Part(p, v, queries + s - t, p.sum(-1, keepdim=True))
 
 
 def masked_outputs(mask: Mask, batch: SiteBatch) -> Tensor:
     """(tokens, h, dv) of every token of the batch."""
-    found = [part.outputs(table(mask, part.at, part.p.shape[-1], batch.site.heads)) for part in parts(batch)]
+    found = [part.outputs(table(mask, part.at, part.p.shape[-1], batch.site.heads))[0] for part in parts(batch)]
     return torch.cat(found, 2).transpose(1, 2).flatten(0, 1)
 
 

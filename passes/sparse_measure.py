@@ -19,7 +19,7 @@ from passes.sparse_shape import cost, own_window, static_mask
 from rewrite.heads import Weights
 from rewrite.site import Site
 
-MEASURED = 4
+MEASURED = 2
 """Batches on which candidates are measured."""
 STEPS = (16, 12, 8, 6, 4, 3, 2)
 """Windows are these parts of 32 of the context, and halves of the smallest ..."""
@@ -56,18 +56,18 @@ def losses(site: Site, weights: Weights, batches: Iterable[SiteBatch], sinks: in
     energy = count = 0.0
     for batch in islice(batches, MEASURED):
         for part in parts(batch, torch.float32):
-            z = part.outputs(None)
+            z = part.p @ part.v
             y = torch.einsum("bhtd,ohd->bto", z.double(), weights.out)
             y = y if weights.out_bias is None else y + weights.out_bias
             energy += float(y.square().sum())
             count += z.shape[0] * z.shape[2]
             for w in tried:
                 keep = table(static_mask(site, w, sinks), part.at, part.p.shape[-1], 1)
-                lost = part.outputs(keep) - z
-                away = part.hidden(keep).double().sum((0, 2))
+                made, away = part.outputs(keep)
+                lost, away = made.sub_(z), away.double().sum((0, 2, 3))
                 for i in range(g):
-                    rows = lost[:, of == i].transpose(1, 2).flatten(2).flatten(0, 1).double()
-                    wrong[w][i] += float((rows @ metric[i] * rows).sum())
+                    rows = lost[:, of == i].transpose(1, 2).flatten(2).flatten(0, 1)
+                    wrong[w][i] += float((rows.T @ rows).double().mul_(metric[i]).sum())
                     hidden[w][i] += float(away[of == i].mean())
     errors = tuple({None: 0.0} | {w: float(wrong[w][i]) / max(energy, 1e-300) for w in tried} for i in range(g))
     shares = tuple({None: 0.0} | {w: float(hidden[w][i]) / max(count, 1.0) for w in tried} for i in range(g))

@@ -18,9 +18,9 @@ LOOKED = 96
 def refuse_site(site: Site) -> str | None:
     """Why no mask of another kind fits."""
     if site.cross:
-        return "it reads another text, in which no position belongs to a query's own: masks by distance say nothing there"
+        return "it reads another text, in which no position is a query's own: masks by distance say nothing there"
     if isinstance(site.form, (Latent, Factored)) or shared(site) is not None:
-        return "its heads share what they cache, so they cannot hold different tokens; convert the model that it came from"
+        return "its heads share what they cache, so they cannot hold different tokens: convert the model it came from"
     return None
 
 
@@ -39,8 +39,8 @@ def refuse_mask(site: Site, mask: Mask) -> str | None:
         first = site.kv_of.index(site.kv_of[i])
         if own != trees[first]:
             return (
-                f"query heads {first} and {i} read kv head {site.kv_of[i]} and have different masks: give the heads of a "
-                "group one"
+                f"query heads {first} and {i} read kv head {site.kv_of[i]} and have different masks: give the heads "
+                "of a group one"
             )
     return _outside(site, mask) or _empty(site, mask)
 
@@ -86,5 +86,7 @@ def _empty(site: Site, mask: Mask) -> str | None:
     for i in range(site.heads if mask.per_head else 1):
         none = np.flatnonzero(own.any(1) & ~(mask.table(LOOKED, LOOKED, i) & own).any(1))
         if len(none):
-            return f"under {mask} query {int(none[0])} would read nothing: let every token read itself, {mask} | {itself}"
+            return (
+                f"under {mask} query {int(none[0])} would read nothing: let every token read itself, {mask} | {itself}"
+            )
     return None

@@ -1,4 +1,4 @@
-"""Masks that a block-sparse target makes, how many pairs of query and key they leave, and what a cache needs for them."""
+"""Masks that a block-sparse target makes, the pairs of query and key that they leave, and what a cache needs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def around_pairs(tokens: int, sinks: int, width: int | None) -> int:
         return tokens * tokens
     at_q = np.arange(tokens)
     low, high = np.maximum(at_q - width + 1, 0), np.minimum(at_q + width, tokens)
-    return int((high - low + np.minimum(low, sinks) + np.maximum(sinks - np.maximum(high, 0), 0)).sum())
+    return int((high - low + np.minimum(low, sinks) + np.maximum(min(sinks, tokens) - high, 0)).sum())
 
 
 def cost(site: Site, tokens: int, sinks: int, width: int | None) -> int:

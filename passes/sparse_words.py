@@ -36,7 +36,9 @@ def _slow(sites: Sequence[Site], share: float) -> list[str]:
     known = [x for x in found if x is not None]
     if known:
         longest = max(x.sink + x.window for x in known)
-        lines.append(f"nothing is left out of texts up to {longest:,} tokens, and time is saved in much longer ones alone")
+        lines.append(
+            f"nothing is left out of texts up to {longest:,} tokens, and time is saved in much longer ones alone"
+        )
     if any(x.window < TILE for x in known):
         lines.append(f"a GPU takes {TILE} keys at a time: windows below that cost as much as one of {TILE}")
     return lines

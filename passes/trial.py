@@ -100,7 +100,7 @@ def heads_outputs(latents: Latents, batch: SiteBatch) -> Tensor:
 
 
 def inner(made: Rewritten) -> Callable[[SiteBatch], Tensor] | None:
-    """The heads' outputs (tokens, h, dv) of a batch, where the site's own operations cannot give them with any tensors."""
+    """Heads' outputs (tokens, h, dv) of a batch, where the site's own operations give them with no tensors."""
     latents, mask = made.latents, made.site.mask
     if latents is not None:
         return lambda batch: heads_outputs(latents, batch)

@@ -1,7 +1,7 @@
 """Rewrite the attention of a pretrained transformer: `from rewrite import convert, plan, check, GQA, MLA, BlockSparse`.
 
-`from rewrite import attention` is the kernel alone, for tensors; masks for both are `from rewrite import causal, window,
-sink` and the others of rewrite.mask.
+`from rewrite import attention` is the kernel alone, for tensors; masks for both are `from rewrite import causal, sink,
+window` and the others of rewrite.mask.
 """
 
 from __future__ import annotations
@@ -67,8 +67,13 @@ __all__ = [
 ]
 
 _API = ("BlockSparse", "GQA", "MLA", "check", "convert", "plan")
-_HOME = dict.fromkeys(_API, "rewrite.api") | {"ReattnError": "rewrite.errors"}
-_HOME |= {"Alibi": "rewrite.attend", "attention": "rewrite.attend", "export_onnx": "rewrite.onnx.export"}
+_HOME = {
+    **dict.fromkeys(_API, "rewrite.api"),
+    "Alibi": "rewrite.attend",
+    "ReattnError": "rewrite.errors",
+    "attention": "rewrite.attend",
+    "export_onnx": "rewrite.onnx.export",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,14 +21,14 @@ class SiteRow:
     cache_after: int
     parameters_before: int
     parameters_after: int
-    cache_fixed: int = 0
-    """Numbers that the cache holds beside them however long the text is: of heads that read its last tokens alone."""
     form: str = ""
     """How it is emitted: stock, grouped, view or graph."""
     note: str = ""
     """Why it stays, or what its form costs."""
     error: float | None = None
     """Squared error of the attention's output relative to its energy, on the calibration text."""
+    cache_fixed: int = 0
+    """Numbers that the cache holds beside them however long the text is: of heads that read its last tokens alone."""
 
     @property
     def remark(self) -> str:

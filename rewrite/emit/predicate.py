@@ -104,7 +104,7 @@ def reach(keep: Tree) -> Reach | None:
     rest = [part for part in _parts("and", keep) if _atom(part) != ("after", 0)]
     atoms = [_atom(part) for part in (_parts("or", rest[0]) if len(rest) == 1 else ())]
     exact = bool(atoms) and all(atom is not None and atom[0] in ("far", "early") for atom in atoms)
-    return Reach(found[0], max(found[1], 1), exact)
+    return Reach(found[0], max(found[1], 1), exact and found[1] > 0)
 
 
 def _parts(name: str, keep: Tree) -> Iterator[Tree]:

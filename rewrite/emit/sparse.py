@@ -28,7 +28,7 @@ from rewrite.emit.runtime.sparse import both
 from rewrite.emit.twin import as_before, in_float, table, twin
 from rewrite.emit.validate import differs, differs_in_logits, inconsistent, unsteady
 from rewrite.layout import Edits
-from rewrite.mask import Mask, all_, causal, sink, window
+from rewrite.mask import Mask, all_, causal, streaming
 from rewrite.modules import owner
 from rewrite.site import Site
 
@@ -212,13 +212,11 @@ class _Work:
 def narrowed(site: Site, mask: Mask) -> Mask:
     """A mask of the same kind that hides much of a short text too: heads that read the last tokens read two or three
     and, where they read first ones, one; any other mask as it is."""
-    if not looks_back(site) or mask.per_head and mask.name.startswith("table"):
+    if not looks_back(site):
         return mask
     found = [reach(tree(mask, i)) for i in range(site.heads)]
     if all(x is None for x in found):
         return mask
-    from rewrite.mask import streaming
-
     widths = {w: 2 + i for i, w in enumerate(sorted({x.window for x in found if x is not None}))}
     sinks = [min(x.sink, 1) if x is not None else 0 for x in found]
     return mask & streaming(sinks, [None if x is None else min(x.window, widths[x.window]) for x in found])
@@ -240,7 +238,7 @@ def masked(
     owners = {
         model.get_submodule(owner(site)): (site, mask, _begin(model, site, inputs)) for site, mask in masks.values()
     }
-    before = {module: module.config for module in owners}
+    before: dict[Any, Any] = {module: module.config for module in owners}
 
     def run(module: Any, q: Tensor, k: Tensor, v: Tensor, given: Tensor | None = None, **kwargs: Any) -> Any:
         site, mask, begin = owners[module]
@@ -264,5 +262,8 @@ def tables(mask: Mask, heads: int, queries: int, keys: int, begin: Tensor | None
     """(rows, heads or 1, queries, keys) booleans of a mask, positions counted from the first token of each row."""
     rows = [0] if begin is None else begin.tolist()
     at_q, at_k = torch.arange(queries).numpy()[:, None] + keys - queries, torch.arange(keys).numpy()[None]
-    found = [[torch.from_numpy(mask.holds(at_q - r, at_k - r, i)) for i in range(heads if mask.per_head else 1)] for r in rows]
+    found = [
+        [torch.from_numpy(mask.holds(at_q - r, at_k - r, i)) for i in range(heads if mask.per_head else 1)]
+        for r in rows
+    ]
     return torch.stack([torch.stack(of) for of in found])

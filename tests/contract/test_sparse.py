@@ -1,4 +1,4 @@
-"""Fewer keys for every query: nothing lost at the site's own mask, an eager oracle below it, in every way to run a model."""
+"""Fewer keys: nothing lost at the site's own mask, an eager oracle below it, in every way to run a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from rewrite.site import Site
 from tests.zoo import BY_NAME
 
 Made = tuple[PreTrainedModel, dict[str, Any], Emitted, dict[str, tuple[Site, Rewritten]]]
-KINDS = ("llama-gqa-sdpa", "qwen3-sdpa", "olmo2-sdpa", "gpt2-sdpa", "gemma2-eager", "gpt_oss-eager", "phi-sdpa", "opt-sdpa")
+KINDS = ("llama-gqa-sdpa", "qwen3-sdpa", "olmo2-sdpa", "gpt2-sdpa", "gemma2-eager", "gpt_oss-eager", "phi-sdpa",
+         "opt-sdpa")  # fmt: skip
 """Grouped, a norm of a head, of all heads, no rope, a cap and a window, sinks, a rope on some dims, dropout."""
 ENCODERS = ("bert-sdpa", "vit-eager", "bart-sdpa", "whisper-sdpa", "t5-eager")
 MIXED = BlockSparse(streaming([1, 1, 0, 0], [2, 2, None, None]))
@@ -151,7 +152,7 @@ def test_every_way_to_generate(settings: dict[str, Any]) -> None:
 def test_what_cannot_be_taken_back_is_refused() -> None:
     bounded, given = made("llama-gqa-sdpa", MIXED)[2].model, made("llama-gqa-sdpa", MIXED)[1]
     generate: Any = bounded.generate
-    with pytest.raises(ValueError, match="tokens cannot be taken back|croppable|roll back|rollback"):
+    with pytest.raises(ValueError, match="cannot be taken back"):
         generate(given["input_ids"][1:], max_new_tokens=8, pad_token_id=0, prompt_lookup_num_tokens=2)
 
 

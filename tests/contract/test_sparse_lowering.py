@@ -131,4 +131,6 @@ def test_the_graph_exports_and_trains():
     exported = torch.export.export(graph, (x,), strict=False)
     assert apart(graph(x), exported.module()(x)) <= 1e-6
     graph(x).square().sum().backward()
-    assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for n, p in graph.named_parameters() if "k.bias" not in n)
+    assert all(
+        p.grad is not None and bool(p.grad.abs().max() > 0) for n, p in graph.named_parameters() if "k.bias" not in n
+    )

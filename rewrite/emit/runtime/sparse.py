@@ -100,7 +100,8 @@ class Sparse:
     which positions count. `algebra`: the masks of all heads as the operator reads them, None where it does not."""
 
     def __init__(self, groups: list[dict[str, Any]], shift: bool, algebra: str | None, source: Any) -> None:
-        self.groups = [Group(**{n: tuple(x) if n in ("heads", "queries") else x for n, x in g.items()}) for g in groups]
+        names = ("keep", "sink", "window", "exact")
+        self.groups = [Group(tuple(g["heads"]), tuple(g["queries"]), *(g[n] for n in names)) for g in groups]
         self.shift = shift
         self.algebra = algebra
         self.source = source

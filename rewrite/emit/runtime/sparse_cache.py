@@ -45,6 +45,7 @@ class BoundedLayer(DynamicLayer):
             self.lazy_initialization(k, v)
         hands: list[Hand] = []
         parts: list[tuple[Tensor, Tensor]] = []
+        sides: tuple[Any, ...] = ((self.keys, k), (self.values, v))
         place = 0
         for group in self.groups:
             n = len(group.heads)
@@ -54,12 +55,14 @@ class BoundedLayer(DynamicLayer):
                 torch.cat([held[:, 0, place : place + rows].unflatten(1, (-1, n)), rows_of(pick(new, group.heads))], 1)
                 if old
                 else rows_of(pick(new, group.heads))
-                for held, new in ((self.keys, k), (self.values, v))
+                for held, new in sides
             ]
             place += rows
             hands.append(Hand(both[0].transpose(1, 2), both[1].transpose(1, 2), first, apart))
             parts.append((self.cut(both[0], group, old, length, starts), self.cut(both[1], group, old, length, starts)))
-        self.keys, self.values = (torch.cat([x.flatten(1, 2) for x in side], 1)[:, None] for side in zip(*parts, strict=True))
+        self.keys, self.values = (
+            torch.cat([x.flatten(1, 2) for x in side], 1)[:, None] for side in zip(*parts, strict=True)
+        )
         self.cumulative_length = length
         return hands
 
@@ -152,7 +155,7 @@ def bounded(cache: Any, layer_idx: int, sparse: Sparse) -> Any:
     """The cache's layer; a dynamic one in its place becomes bounded where some head needs less than all tokens."""
     while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.append(DynamicLayer())
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if not sparse.bounded or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         return layer
     made = BoundedLayer(sparse.groups, getattr(layer, "sliding_window", None))

@@ -80,8 +80,8 @@ def operated(
     given: Tensor | None,
     kwargs: dict[str, Any],
 ) -> Tensor | None:
-    """(batch, heads, tokens, dim) of a whole text without padding by reattn's operator, which runs a kernel of its own on
-    a GPU. None where the process has not loaded it (`from rewrite import attention` does), or the call is another."""
+    """(batch, heads, tokens, dim) of a whole text without padding by reattn's operator, which runs its own kernel on a
+    GPU. None where the process has not loaded it (`from rewrite import attention` does), or the call is another."""
     rest = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
     other = rest or kwargs.get("dropout") or isinstance(getattr(module, "sinks", None), Tensor)
     if sparse.algebra is None or given is not None or other or call.past or q.shape[2] != k.shape[2]:
