@@ -131,7 +131,8 @@ def _names(spec: KernelSpec) -> tuple[str, ...]:
 def run(spec: KernelSpec, grid: tuple[int, int, int], values: Mapping[str, Any]) -> None:
     """Launches the kernel over `grid`, its arguments taken from `values` by name."""
     if all(grid):
-        function(spec)[grid](*(values[name] for name in _names(spec)), **compile_options(spec))
+        with torch.cuda.device_of(values["Q"]):
+            function(spec)[grid](*(values[name] for name in _names(spec)), **compile_options(spec))
 
 
 def forward(
@@ -269,7 +270,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def tune(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, gradients: bool = False) -> dict[str, Config]:
-    """Measures tiles for tensors like these on this GPU, keeps the fastest on disk, and gives them by phase."""
+    """The fastest tiles for tensors like these on this GPU by phase, measured where they are not on disk yet."""
     from triton.testing import do_bench
 
     call = _call(q, k, v, mask, options, {})
@@ -283,7 +284,7 @@ def tune(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, gradient
     def settle(phase: Phase, run: Any, **more: Any) -> None:
         spec = call.spec(phase, **more)
         rows = call.rows(spec.packed)
-        found[phase] = fastest(spec, rows, run, clock, found)
+        found[phase] = tuned(spec, rows) or fastest(spec, rows, run, clock, found)
         store(spec, rows, found[phase])
 
     settle(phase, lambda configs: forward(q, k, v, mask, options, configs), latent=call.latent)
