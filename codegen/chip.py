@@ -69,6 +69,8 @@ def default(spec: KernelSpec, rows: int, on: Chip = HOPPER) -> Config:
         return _instinct(spec, rows)
     table = _TABLES.get(spec.phase) or (_FORWARD if rows > FEW_ROWS else _FEW if rows > 32 else _DECODE)
     config = Config(*table[min(size for size in table if size >= width(spec))])
+    if spec.phase == "decode" and len(chunks(spec.dqk)) > 1:
+        config = config._replace(keys=max(16, config.keys // 2))
     if spec.bias:
         config = _biased(spec, config)
     elif spec.modified and spec.phase == "dq" and width(spec) <= 128:

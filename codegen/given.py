@@ -37,8 +37,15 @@ def tensor_values(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str
 
 
 def strides(letter: str, axes: str, tensor: Tensor) -> dict[str, int]:
-    """A tensor's strides by argument."""
-    return {f"{letter}_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
+    """A tensor's strides by argument; 0 along an axis of one, whose stride may be any."""
+    return {f"{letter}_{axis}": tensor.stride(i) if tensor.shape[i] > 1 else 0 for i, axis in enumerate(axes)}
+
+
+def in_rows(tensor: Tensor) -> Tensor:
+    """The tensor with the columns of a head beside each other, and strides of 8 where 8 divides the head."""
+    steps = [step for count, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if count > 1]
+    odd = tensor.shape[-1] % 16 == 8 and any(step % 8 for step in steps)
+    return tensor.contiguous() if odd or tensor.stride(-1) != 1 else tensor
 
 
 def _by_key(bias: Tensor, keys: int) -> Tensor:

@@ -18,7 +18,7 @@ from codegen import chip
 from codegen.chip import Config
 from codegen.compiled import function
 from codegen.compiled import options as compile_options
-from codegen.given import list_values, strides, table_values, tensor_values
+from codegen.given import in_rows, list_values, strides, table_values, tensor_values
 from codegen.loops import pattern
 from codegen.options import Options
 from codegen.schedule import schedule
@@ -213,7 +213,7 @@ def backward(
     level, delta = torch.empty_like(lse), torch.empty_like(lse)
     found = {"q": q.new_empty(batch, heads, queries, dim), "k": k.new_empty(batch, kv_heads, keys, dim)}
     found["v"] = v.new_empty(batch, kv_heads, keys, dv)
-    grad = _rows(grad)
+    grad = in_rows(grad)
     values = {**call.values(), **strides("g", "bht", grad), "O": out, "DO": grad, "LSE": lse, "LEVEL": level}
     values |= {"DELTA": delta, "DQ": found["q"], "DK": found["k"], "DV": found["v"]}
     spec = placed(KernelSpec("delta", call.dtype, dv, dv, lengths=options.lengths is not None), 1, None)
@@ -244,7 +244,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, configs
     reason = refuse(q, k, v, options)
     if reason is not None:
         raise ValueError(reason)
-    return Call(_rows(q), _rows(k), _rows(v), mask, options, configs or {})
+    return Call(in_rows(q), in_rows(k), in_rows(v), mask, options, configs or {})
 
 
 def refuse(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
@@ -262,11 +262,6 @@ def refuse(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
             f"the scale is {options.scale}, and the softmax's running maximum needs one above zero: negate the queries"
         )
     return None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with the columns of a head beside each other."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def tune(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, gradients: bool = False) -> dict[str, Config]:

@@ -17,6 +17,7 @@ from codegen.triton_text import (
     bounds,
     columns,
     dot,
+    eighths,
     factor,
     factors,
     indent,
@@ -51,12 +52,17 @@ def backward_arguments(spec: KernelSpec) -> list[Argument]:
     return [*found, *strides("g", "bht", spec.dv), *LENGTHS]
 
 
+def _aligned(spec: KernelSpec) -> list[str]:
+    keys = [*eighths("q", "bht", spec.dqk), *eighths("k", "bhn", spec.dqk)]
+    return [*keys, *eighths("v", "bhn", spec.dv), *eighths("g", "bht", spec.dv)]
+
+
 def dq_source(spec: KernelSpec) -> str:
     """DQ of a tile of queries, over the key tiles it reads; DBIAS too where it is asked for."""
     found = loops(spec.mask, "k")
     body = [f"tile: tl.constexpr = {spec.tiles[1]}", HEAVY_FIRST, *places(spec)]
     body += [*real_lengths(spec), *query_rows(spec)]
-    body += [*factors(spec), *columns(spec.dqk, spec.dv), ""]
+    body += [*_aligned(spec), *factors(spec), *columns(spec.dqk, spec.dv), ""]
     body += [at_head("queries", "Q", "h", "q"), at_head("keys", "K", "h_k", "k"), at_head("values", "V", "h_k", "v")]
     body += [
         at_head("grads", "DO", "h", "g"),
@@ -105,7 +111,7 @@ def dkdv_source(spec: KernelSpec) -> str:
         "there = key_index < N",
         "k = key_index[:, None]",
     ]
-    body += [*factors(spec), *columns(spec.dqk, spec.dv), "row = tl.arange(0, tile)", ""]
+    body += [*_aligned(spec), *factors(spec), *columns(spec.dqk, spec.dv), "row = tl.arange(0, tile)", ""]
     body += [at_head("keys", "K", "h_k", "k"), at_head("values", "V", "h_k", "v")]
     body += [*offsets("key", "(key_index.to(tl.int64) * k_n)", spec.dqk), *load("key", "keys", spec.dqk, "there")]
     body += [*offsets("value", "(key_index.to(tl.int64) * v_n)", spec.dv), *load("value", "values", spec.dv, "there")]

@@ -17,6 +17,7 @@ from codegen.triton_text import (
     bounds,
     columns,
     dot,
+    eighths,
     factor,
     factors,
     kernel,
@@ -58,6 +59,8 @@ def forward_source(spec: KernelSpec) -> str:
     body = [f"tile: tl.constexpr = {spec.tiles[1]}"]
     body += ["at = tl.program_id(0) // shares", "share = tl.program_id(0) % shares"] if split else [HEAVY_FIRST]
     body += [*places(spec), *real_lengths(spec), *query_rows(spec)]
+    body += [*eighths("q", "bht", spec.dqk), *eighths("k", "bhn", spec.dqk)]
+    body += [] if spec.latent else eighths("v", "bhn", spec.dv)
     body += [*factors(spec), *columns(spec.dqk, spec.dv), "", *_start(spec), ""]
     body += bounds(spec, found, "q0 < q1")
     for loop, masked in ((found.full, False), (found.masked, True)):

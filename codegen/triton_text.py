@@ -178,6 +178,13 @@ def at_head(name: str, tensor: str, head: str, letter: str) -> str:
     return f"{name} = {tensor} + b.to(tl.int64) * {letter}_b + {head}.to(tl.int64) * {letter}_h"
 
 
+def eighths(letter: str, axes: str, dim: int) -> list[str]:
+    """What Triton does not see of strides by itself, as it looks for multiples of 16: heads of 8, 24, 40, 72."""
+    if dim % 16 != 8:
+        return []
+    return [f"{letter}_{axis} = tl.multiple_of({letter}_{axis}, 8)" for axis in axes]
+
+
 def row_offsets(name: str, letter: str, spec: KernelSpec, token: str = "t") -> str:
     """`name` = offsets of a query tile's rows from the first head's start."""
     base = f"{name} = index.to(tl.int64) * {letter}_{token}"

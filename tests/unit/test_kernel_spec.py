@@ -13,7 +13,7 @@ import torch
 from codegen import chip, launch, tune
 from codegen.chip import HOPPER, INSTINCT, Config
 from codegen.compiled import written
-from codegen.given import list_values, tensor_values
+from codegen.given import in_rows, list_values, strides, tensor_values
 from codegen.loops import loops, pattern
 from codegen.options import Options
 from codegen.spec import KernelSpec, Phase, chunks
@@ -225,6 +225,18 @@ def test_a_broadcast_bias_is_not_copied():
     assert [values[f"bias_{axis}"] for axis in "bhq"] == [7, 0, 0]
     one = tensor_values(q, k, k, Options(1.0, bias=torch.zeros(1, 4, 5, 1)))["bias"]
     assert one.stride(-1) == 1
+
+
+def test_heads_of_eight_are_read_in_eights():
+    """What the text promises of strides is made true before a launch, and an axis of one has no stride."""
+    text = source(KernelSpec("dq", "fp16", 72, 64, pattern(causal)))
+    assert "k_n = tl.multiple_of(k_n, 8)" in text
+    assert "v_n = tl.multiple_of" not in text
+    odd = torch.zeros(1, 2, 5, 73)[..., :72]
+    assert in_rows(odd).stride() == (720, 360, 72, 1)
+    even = torch.zeros(1, 5, 2, 72).transpose(1, 2)
+    assert in_rows(even) is even
+    assert strides("k", "bhn", even) == {"k_b": 0, "k_h": 72, "k_n": 144}
 
 
 def test_lists_of_rows_of_other_lengths():
