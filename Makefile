@@ -40,6 +40,7 @@ bench-decode: .venv
 	$(BIN)/python -m bench.decode --write
 
 bench-cpu: .venv
+	$(BIN)/python -m bench.cpu --write
 	$(BIN)/python -m bench.onnx --write
 
 wide: .venv

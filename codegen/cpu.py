@@ -25,7 +25,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options) -> Pa
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     for work in works(q, k, mask, options, manner):
         rows = work.queries(q)
-        parts = [kernel(rows, work.keys(k, run), work.keys(v, run), work.added(run), options) for run in work.runs]
+        parts = [kernel(rows, work.read(k, p), work.read(v, p), work.hidden(p), options) for p in work.parts]
         o_piece, lse_piece = _merged(parts)
         work.put(o, o_piece)
         work.put(lse[..., None], lse_piece[..., None])

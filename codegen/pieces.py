@@ -100,7 +100,7 @@ def _pieces(mask: Mask, shape: Shape, manner: Manner) -> Iterator[Piece]:
         if not queries or not keys:
             continue
         view = _View(mask, plan, rows[0], queries, keys)
-        size = view.size(manner)
+        size = view.size(manner, shape.group)
         for heads, found in _heads(view.tiles(size, shape.heads), shape):
             runs = (tuple(_runs(tiles, keys, manner.longest)) for tiles in found)
             ends = ((first, min(first + size, queries)) for first in range(0, queries, size))
@@ -123,17 +123,19 @@ class _View:
         """The first query's position."""
         return self.keys - self.queries
 
-    def size(self, manner: Manner) -> int:
-        """Queries in a tile: what costs least, judged in the middle and at the end."""
-        speed = dict(manner.speed)
-        sizes = [size for size in speed if size < self.queries] or [self.queries]
+    def size(self, manner: Manner, group: int) -> int:
+        """Queries in a tile: what costs least, judged on as many queries as the largest has, in the middle and at the
+        end. The `group` heads of a kv head make so many times more rows."""
+        sizes = [size for size, _ in manner.speed if size < self.queries] or [self.queries]
         if self.plan.listed:
             return min(LISTED, self.queries)
-        ends = np.array([self.queries, (self.queries + sizes[0]) // 2])
 
         def cost(size: int) -> float:
-            found = self._solved([0], np.maximum(0, ends - size), ends)[0]
-            return sum(len(steps) for tiles in found for steps in (*tiles.full, *tiles.masked)) / speed.get(size, 1)
+            speed = max(s for n, s in manner.speed if n <= max(size * group, manner.speed[0][0]))
+            starts = (max(0, last - sizes[-1]) for last in (self.queries, (self.queries + sizes[-1]) // 2))
+            firsts = np.concatenate([np.arange(start, start + sizes[-1], size) for start in starts])
+            found = self._solved([0], firsts, np.minimum(firsts + size, self.queries))[0]
+            return size * sum(len(steps) for tiles in found for steps in (*tiles.full, *tiles.masked)) / speed
 
         return min(sizes, key=cost)
 

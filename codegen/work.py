@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -35,6 +36,13 @@ class Work:
     def runs(self) -> tuple[Run, ...]:
         """What the queries read."""
         return self.piece.runs
+
+    @property
+    def parts(self) -> tuple[tuple[Run, ...], ...]:
+        """Runs that are read at once: many short ones are, for a copy of their keys costs less than as many calls."""
+        length = sum(run.last - run.first for run in self.runs)
+        scattered = len(self.runs) > 2 and length < SHORT * len(self.runs)
+        return (self.runs,) if scattered else tuple((run,) for run in self.runs)
 
     @property
     def folded(self) -> int:
@@ -71,6 +79,16 @@ class Work:
             return x.unflatten(0, (-1, self.folded)).transpose(1, 2).flatten(2, 3)
         return x.unflatten(1, (-1, self.folded)).flatten(2, 3)
 
+    def read(self, x: Tensor, part: Sequence[Run]) -> Tensor:
+        """(b, g, keys, c) of some runs."""
+        return self.keys(x, part[0]) if len(part) == 1 else torch.cat([self.keys(x, run) for run in part], -2)
+
+    def hidden(self, part: Sequence[Run]) -> Tensor | None:
+        """What `added` is over some runs."""
+        if len(part) == 1:
+            return self.added(part[0])
+        return torch.cat([self.added(run, sparse=False) for run in part], -1)
+
     def keys(self, x: Tensor, run: Run) -> Tensor:
         """(b, g, keys, c) of a run, a view of x (b, g, s, c)."""
         piece, (first, last) = self.piece, self.piece.heads
@@ -82,10 +100,17 @@ class Work:
             return part[:, None].expand(-1, piece.count, -1, -1)
         return part.unfold(1, run.last - run.first, run.step).transpose(2, 3)
 
-    def added(self, run: Run) -> Tensor | None:
-        """What is added to scores, -inf where nothing is read: (b or 1, g or 1, rows, keys), None where it is 0."""
+    @overload
+    def added(self, run: Run) -> Tensor | None: ...
+
+    @overload
+    def added(self, run: Run, sparse: Literal[False]) -> Tensor: ...
+
+    def added(self, run: Run, sparse: bool = True) -> Tensor | None:
+        """What is added to scores, -inf where nothing is read: (b or 1, g or 1, rows, keys). Nothing where it is 0 and
+        `sparse`."""
         if self.options.bias is None and self.options.slopes is None:
-            if not run.masked:
+            if sparse and not run.masked:
                 return None
             size = self.piece.count * (self.piece.queries[1] - self.piece.queries[0]) * (run.last - run.first)
             x = (_few if size <= FEW else _hidden)(self.mask, self.piece, run, self.dtype)
@@ -108,6 +133,8 @@ class Work:
         return x
 
 
+SHORT = 256
+"""Mean keys of runs below which they are read at once."""
 FEW = 4096
 """Pairs of a run up to which what hides them is kept: the layers of a model ask for the same when they decode."""
 

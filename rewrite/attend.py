@@ -117,6 +117,8 @@ def _refuse_options(
     slopes = bias.slopes if isinstance(bias, Alibi) else None
     if slopes is not None and len(slopes) != heads:
         return f"{len(slopes)} slopes were given for {heads} query heads: one each"
+    if isinstance(slopes, Tensor) and slopes.requires_grad:
+        return "slopes have no gradient: give what they make of distances as a bias"
     if isinstance(bias, Tensor):
         full = (batch, heads, queries, k.shape[2])
         if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(reversed(bias.shape), reversed(full), strict=False)):

@@ -39,6 +39,11 @@ REFUSED: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     ),
     "softcap": ([Q, K, V], {"softcap": 0.0}, "a softcap is above 0, and this one is 0.0: None is no cap"),
     "slopes": ([Q, K, V], {"bias": Alibi([1.0, 2.0])}, "2 slopes were given for 4 query heads: one each"),
+    "slopes that learn": (
+        [Q, K, V],
+        {"bias": Alibi(torch.ones(4, requires_grad=True))},
+        "slopes have no gradient: give what they make of distances as a bias",
+    ),
     "bias": (
         [Q, K, V],
         {"bias": torch.zeros(5, 7)},
