@@ -26,6 +26,7 @@ bench-quality: .venv
 	$(BIN)/python -m bench.mla
 	$(BIN)/python -m bench.ablation
 	$(BIN)/python -m bench.tuned
+	$(BIN)/python -m bench.sparse --windows 96
 
 coverage: .venv
 	$(BIN)/python -m bench.coverage

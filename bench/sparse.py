@@ -138,14 +138,14 @@ def page(rows: Sequence[Row], samples: int) -> str:
         "# What fewer pairs of query and key cost",
         "",
         "Perplexity of the converted model divided by the original's, on held-out text beside the models",
-        f"({rows[0].windows} windows of {CONTEXT} tokens, float32), at a share of the pairs of query and key that causal",
-        f"attention reads of {CONTEXT} tokens. Calibration: {samples} windows of {CONTEXT} tokens of other text; nothing",
-        "was trained. `python -m bench.sparse` writes this page.",
+        f"({rows[0].windows} windows of {CONTEXT} tokens, float32), at a share of the pairs of query and key that",
+        f"causal attention reads of {CONTEXT} tokens. Calibration: {samples} windows of {CONTEXT} tokens of other text;",
+        "nothing was trained. `python -m bench.sparse` writes this page.",
         "",
-        "The first row is the published way (StreamingLLM, arXiv 2309.17453): the first four tokens and one window for",
-        "all heads of all layers. By kv head and layer: every kv head gets the whole context or one of nine windows, by",
-        "what the attention's output loses on calibration text and what that is worth to the model's predictions; one",
-        "total for all heads of all layers. W_o refitted: the output projection solved anew on the calibration.",
+        "The first row is the published way (StreamingLLM, arXiv 2309.17453): the first four tokens and one window",
+        "for all heads of all layers. By kv head and layer: every kv head gets the whole context or one of nine",
+        "windows, by what the attention's output loses on calibration text and what that is worth to the model's predictions;",
+        "one total for all heads of all layers. W_o refitted: the output projection solved anew on the calibration.",
     ]
     for model in dict.fromkeys(r.model for r in rows):
         lines += ["", f"## {model}", "", "| method | " + " | ".join(f"{100 * d:g} %" for d in densities) + " |"]

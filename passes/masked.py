@@ -14,6 +14,7 @@ from torch import Tensor
 
 from passes.moments import SCORES, SiteBatch, windowed
 from rewrite.mask import Mask
+from rewrite.site import Sink
 
 ALL = slice(None)
 
@@ -26,27 +27,27 @@ class Part:
     v: Tensor
     at: Tensor
     """(t,) positions of the queries"""
-    total: Tensor
-    """(b, h, t, 1) sums of p: less than one where a sink takes a part"""
+    sink: Tensor | float = 0.0
+    """(b, h, t, 1) what p lacks of one, which a sink takes"""
 
     def outputs(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Of heads that read where `keep` (h or 1, t, s) is True: z (b, h, t, dv), and the probability (b, h, t, 1) of
         what is not read."""
         kept = self.p * keep
-        hidden = self.total - kept.sum(-1, keepdim=True)
-        # what the sink takes is no key's, so it is left beside what the keys lose
-        left = (1 - hidden).clamp_min(torch.finfo(self.p.dtype).tiny)
-        return (kept @ self.v).div_(left).nan_to_num_(), hidden
+        # a sum of what is left, for one less what is hidden would be all rounding where a peak is hidden
+        left = kept.sum(-1, keepdim=True) + self.sink
+        return (kept @ self.v).div_(left.clamp_min(torch.finfo(self.p.dtype).tiny)), 1 - left
 
 
 def parts(batch: SiteBatch, dtype: torch.dtype = torch.float64) -> Iterator[Part]:
     """All queries of a batch, some at a time."""
     batch = windowed(batch)
     (b, h, t, _), s = batch.q.shape, batch.k.shape[2]
+    sunk = any(isinstance(mod, Sink) for mod in batch.site.mods)
     v = batch.v[:, list(batch.site.kv_of)].to(dtype)
     for queries in torch.arange(t).split(max(1, SCORES // (b * h * s))):
         p = batch.some(ALL, queries)[..., :s].to(dtype)
-        yield Part(p, v, queries + s - t, p.sum(-1, keepdim=True))
+        yield Part(p, v, queries + s - t, (1 - p.sum(-1, keepdim=True)).clamp_min(0) if sunk else 0.0)
 
 
 def masked_outputs(mask: Mask, batch: SiteBatch) -> Tensor:
