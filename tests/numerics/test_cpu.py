@@ -137,6 +137,14 @@ def test_other_dtypes_stay_within_their_rounding(dtype: torch.dtype, softcap: fl
     assert (o.double() - exact).abs().max() < 3 * torch.finfo(dtype).eps * exact.abs().max() + 1e-6
     assert (lse.double() - exact_lse).abs().max() < 1e-4
 
+    wide = [x.double().requires_grad_() for x in qkv]
+    grad = drawn(*o.shape, seed=9).to(dtype)
+    expected = torch.autograd.grad(oracle.attention(*wide, MASKS["sink"](), options)[0], wide, grad.double())
+    found = cpu_backward.backward(grad, *qkv, o, lse, MASKS["sink"](), options)
+    for name, wanted in zip("qkv", expected, strict=True):
+        assert found[name].dtype == dtype
+        assert (found[name].double() - wanted).norm() < 2 * torch.finfo(dtype).eps * wanted.norm() + 1e-5, name
+
 
 def test_an_infinite_bias_hides_keys() -> None:
     qkv = [x.detach() for x in tensors(40, 130, 2, 16)]

@@ -49,6 +49,10 @@ def arguments(chosen: Mask, **more: Any) -> tuple[Any, ...]:
 )
 def test_the_operator_is_well_formed(given: tuple[Any, ...]) -> None:
     opcheck(ops.attention, given)
+    o, lse = ops.attention(*given)
+    before, rest = given[:3], given[3:]
+    backward = torch.ones_like(o), *before, o.detach(), lse.detach(), rest[5] is not None, *rest
+    opcheck(ops.attention_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("options", [{"mask": NEAR}, {"mask": HEADS}, {"mask": LONG}, {"bias": Alibi([0.1] * 4)}])
