@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def measured(one: Source, density: float, method: Method) -> Row:
     if method is not OURS:
         return row
     before, after = caches(one, changes)
-    return Row(*list(asdict(row).values())[:6], before, after, tuple(_windows(c) for c in changes.values()))
+    return replace(row, before=before, after=after, chosen=tuple(_windows(c) for c in changes.values()))
 
 
 def caches(one: Source, changes: Mapping[str, Change]) -> tuple[int, int]:
@@ -115,7 +115,8 @@ class Kept:
     def __init__(self, file: Path | None) -> None:
         self.file = file
         lines = file.read_text("utf-8").splitlines() if file is not None and file.exists() else []
-        rows = [Row(**{**json.loads(x), "chosen": tuple(json.loads(x)["chosen"])}) for x in lines]
+        told: list[Any] = [json.loads(x) for x in lines]
+        rows = [Row(**{**x, "chosen": tuple(x["chosen"])}) for x in told]
         self.rows = {(r.model, r.density, r.method, r.windows): r for r in rows}
 
     def measure(self, one: Source, density: float, method: Method) -> Row:
@@ -144,8 +145,9 @@ def page(rows: Sequence[Row], samples: int) -> str:
         "",
         "The first row is the published way (StreamingLLM, arXiv 2309.17453): the first four tokens and one window",
         "for all heads of all layers. By kv head and layer: every kv head gets the whole context or one of nine",
-        "windows, by what the attention's output loses on calibration text and what that is worth to the model's predictions;",
-        "one total for all heads of all layers. W_o refitted: the output projection solved anew on the calibration.",
+        "windows, by what the attention's output loses on calibration text and what that is worth to the model's",
+        "predictions; one total for all heads of all layers. W_o refitted: the output projection solved anew on the",
+        "calibration. A dash was not measured.",
     ]
     for model in dict.fromkeys(r.model for r in rows):
         lines += ["", f"## {model}", "", "| method | " + " | ".join(f"{100 * d:g} %" for d in densities) + " |"]
