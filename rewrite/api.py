@@ -93,10 +93,10 @@ def convert(
     is measured on; without it the outputs on example inputs are compared. `out` is a new folder, whole or absent.
     `tune` steps of Adam follow at every site, on its own output (0: none). `emit` chooses how a latent is written: as a
     class of the library that engines load ("stock"), in the model's own class ("own"), or whichever fits ("auto").
-    `memory` ("4GB") is the most that a conversion from folder to folder may hold: it then goes site by site and shard
-    by shard, as it does where the model is too large for 80 % of what is free, and gives a `Written`. What an earlier
-    such run has finished is taken up, unless `resume` is False. Under torchrun sites are shared out; None is what all
-    processes but the first get.
+    `memory` ("4GB") is the most that a conversion from folder to folder may hold, 80 % of what is free where it is not
+    given. Where the model does not fit it goes site by site and shard by shard, and gives a `Written`; so it does from
+    weights alone where `memory` is given. What an earlier such run has finished is taken up, unless `resume` is False.
+    Under torchrun sites are shared out, and all processes but the first get None.
     Raises where no site can be converted; a failed check is told by the report, and names the folder `out.failed`.
     """
     asked = _one(target)
