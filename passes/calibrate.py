@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 from codegen.eager import operand
 from passes import Weights
+from passes.disk import Disk, Reading
 from passes.masked import masked_outputs
 from passes.mla_basis import back, basis
 from passes.moments import NEEDS, SiteBatch
@@ -42,8 +43,17 @@ SINGLE = 1 << 24
 class Stream:
     """Calibration batches on their way through the graph; `slices` in the order in which they will be asked for."""
 
-    def __init__(self, machine: Machine, batches: Sequence[Batch], slices: Sequence[Slice], tensors: Tensors) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        batches: Sequence[Batch],
+        slices: Sequence[Slice],
+        tensors: Tensors,
+        disk: Disk | None = None,
+    ) -> None:
         self.machine = machine
+        self.disk = disk
+        self.changed: list[Node] = []
         self.tensors = tensors
         self.at = 0
         self.envs = [_first(machine, batch) for batch in batches]
@@ -67,6 +77,9 @@ class Stream:
         for env in self.envs:
             self._run(env, self.at, stop)
         self.at = max(self.at, stop)
+        if isinstance(self.machine.state, Reading):
+            for node in [n for n in self.changed if self.last[n] < self.at]:
+                self.machine.state.forget(node)
 
     def leave(self, part: Slice, new: Mapping[str, Tensor], inner: Callable[[SiteBatch], Tensor] | None = None) -> None:
         """Make `new` the slice's tensors from here on; what was already computed with the old ones is redone.
@@ -77,6 +90,7 @@ class Stream:
         for name, value in new.items():
             for place in self.machine.of_tensor.get(name, ()):
                 self.machine.state[place] = value.to(self.machine.state[place].dtype)
+                self.changed.append(place)
         self.pins -= Counter(part.boundary)
         done = [n for n in part.nodes if self.machine.place[n] < self.at]
         for env, known in zip(self.envs, given, strict=True):
@@ -85,12 +99,19 @@ class Stream:
             env.update(known)
             for node in [n for n in env if self._dead(n, self.at)]:
                 del env[node]
+            self._spill(env)
+
+    def _spill(self, env: Env) -> None:
+        """What waits goes to disk, where there is one for it."""
+        if self.disk is not None:
+            env.update({node: self.disk.spilled(value) for node, value in env.items()})
 
     def fork(self, batches: slice) -> Stream:
         """A stream that goes on from here with some of the batches; what it does leaves this one as it is."""
         made = copy(self)
         made.machine = copy(self.machine)
-        made.machine.state = dict(self.machine.state)
+        made.machine.state = self.machine.state.copy()
+        made.changed = list(self.changed)
         made.envs = [dict(env) for env in self.envs[batches]]
         made.keep = self.keep[batches]
         made.pins = Counter(self.pins)
@@ -118,6 +139,7 @@ class Stream:
                 for read in node.all_input_nodes:
                     if read in env and self._dead(read, i + 1):
                         del env[read]
+        self._spill(env)
 
 
 def _first(machine: Machine, batch: Batch) -> Env:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from passes import Stats, Target
 from passes.calibrate import Batch, Stream, statistics
+from passes.disk import Disk
 from passes.find import Found
 from passes.refit import output_error
 from passes.region import Machine, Slice, slice_of, twins
@@ -63,28 +64,37 @@ def convert_sites(
     progress: Progress,
     tuning: Tuning | None = None,
     measure: bool = True,
-) -> dict[str, Change]:
+    disk: Disk | None = None,
+) -> Mapping[str, Change]:
     """Rewrite every site that `targets` names. Without batches from the weights alone; with them layer after layer,
-    each on the activations that the sites converted before it leave behind. `tuning` needs batches."""
-    tensors = named_tensors(program.module)
+    each on the activations that the sites converted before it leave behind. `tuning` needs batches. With a `disk` the
+    program's parameters may lie on meta, and sites that were converted before are taken from there."""
+    tensors: Tensors = named_tensors(program.module) if disk is None else disk.read
     picked = [(s, r) for s, r in zip(found.sites, found.regions, strict=True) if s.name in targets]
-    changes: dict[str, Change] = {}
+    changes: MutableMapping[str, Change] = {} if disk is None else disk.changes
     if not batches:
         convert_alone([site for site, _ in picked], targets, tensors, changes, progress)
         return changes
+    if all(site.name in changes for site, _ in picked):
+        return changes
     running = program.dynamic or program.static
-    machine = Machine(running, program.module)
+    machine = Machine(running, program.module, disk)
     twin = twins(program.static.graph, running.graph)
     slices = sorted((slice_of(machine, s, r, twin) for s, r in picked), key=lambda p: machine.place[p.out])
     sites = [part.site for part in slices]
     total = len(slices) + len(open_shares(sites, targets))
     tell = _Counted(progress, total)
-    targets = spread_targets(machine, slices, targets, batches, tensors, tell)
-    stream = Stream(machine, batches, slices, tensors)
+    targets = spread_targets(machine, slices, targets, batches, tensors, tell, disk)
+    stream = Stream(machine, batches, slices, tensors, disk)
     for part in slices:
-        tell(part.site.name)
-        changes[part.site.name] = _convert_on(stream, part, targets[part.site.name], tensors, tuning, measure)
-    return {s.name: changes[s.name] for s, _ in picked}
+        name = part.site.name
+        stream.reach(part)
+        if name not in changes:
+            tell(name)
+            changes[name] = _convert_on(stream, part, targets[name], tensors, tuning, measure)
+        made = changes[name].rewritten
+        stream.leave(part, expanded(part.site, made.weights, made.site.kv_of, tensors), inner(made))
+    return changes if disk is not None else {s.name: changes[s.name] for s, _ in picked}
 
 
 def convert_alone(
@@ -112,7 +122,6 @@ def _rewrite(site: Site, target: Target, tensors: Tensors, stats: Stats | None) 
 def _convert_on(
     stream: Stream, part: Slice, target: Target, tensors: Tensors, tuning: Tuning | None, measure: bool
 ) -> Change:
-    stream.reach(part)
     stats = statistics(stream, part, target.needs, tensors)
     rewritten = _rewrite(part.site, target, tensors, stats)
     if tuning is not None and rewritten.factors is not None:
@@ -120,11 +129,9 @@ def _convert_on(
     elif tuning is not None and rewritten.site is not part.site:
         rewritten = tune(rewritten, part.site, gather(part.site, tensors), stats, tuning)
     latents, kv_of, sparse = rewritten.latents, rewritten.site.kv_of, isinstance(rewritten.site.form, Sparse)
-    edits = expanded(part.site, rewritten.weights, kv_of, tensors)
     error = None
     if measure:
         attend = stats.masked(rewritten.site.mask) if sparse else stats.attend(rewritten.weights, kv_of)
         trials = attend if latents is None else stats.latent(latents)
         error = output_error(trials, rewritten.weights)
-    stream.leave(part, edits, inner(rewritten))
     return Change(part.site, rewritten, error)

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from passes.disk import Disk
 from passes.find import Region
 from rewrite.errors import Refused
 from rewrite.site import Operand, Output, Site
@@ -47,9 +48,10 @@ def placeholders(program: ExportedProgram) -> dict[str, str]:
 
 
 class Machine:
-    """A captured graph with its tensors, run node by node. `state` holds what the placeholders stand for."""
+    """A captured graph with its tensors, run node by node. `state` holds what the placeholders stand for; with a
+    `disk` parameters on meta are read from there."""
 
-    def __init__(self, program: ExportedProgram, module: nn.Module) -> None:
+    def __init__(self, program: ExportedProgram, module: nn.Module, disk: Disk | None = None) -> None:
         names = placeholders(program)
         owned: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
         owned |= dict(module.named_buffers(remove_duplicate=False))
@@ -58,13 +60,19 @@ class Machine:
         self.graph_module = program.graph_module
         self.inputs = [n for n in self.nodes if n.op == "placeholder" and n.name not in names]
         self.of_tensor: dict[str, list[Node]] = {}
-        self.state: Env = {}
+        known: Env = {}
+        absent: dict[Node, str] = {}
         for node in self.nodes:
             if node.op == "placeholder" and node.name in names:
                 name = names[node.name]
                 value = owned[name] if name in owned else program.constants[name]
-                self.state[node] = value.detach() if isinstance(value, Tensor) else value
+                if disk is not None and isinstance(value, Tensor) and value.is_meta:
+                    absent[node] = name
+                else:
+                    known[node] = value.detach() if isinstance(value, Tensor) else value
                 self.of_tensor.setdefault(name, []).append(node)
+        self.state: Env = known if disk is None else disk.state(absent)
+        self.state.update(known)
 
     def step(self, node: Node, look: Callable[[Node], Any]) -> Any:
         """The value of one node."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from passes import Curve, Spreading, Stats, Target
 from passes.calibrate import Batch, Stream, statistics
+from passes.disk import Disk
 from passes.knapsack import between, spread
 from passes.region import Machine, Slice
 from passes.trial import inner
@@ -71,6 +72,7 @@ def spread_targets(
     batches: Sequence[Batch],
     tensors: Tensors,
     tell: Callable[[str], None],
+    disk: Disk | None = None,
 ) -> dict[str, Target]:
     """The targets at the sizes that together lose least and are no more than their shares are."""
     shares = open_shares([part.site for part in slices], targets)
@@ -78,7 +80,7 @@ def spread_targets(
     if not shares or end is None:
         return dict(targets)
     errors: dict[str, dict[int, float]] = {}
-    probe = _Probe(Stream(machine, batches, [*slices, end], tensors), end, tensors)
+    probe = _Probe(Stream(machine, batches, [*slices, end], tensors, disk), end, tensors)
     for part in slices:
         target = targets[part.site.name]
         if part.site.name in shares and isinstance(target, Spreading):

@@ -15,16 +15,20 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from torch import dtype
+from torch import Tensor, dtype
 from transformers import PreTrainedModel
 
 from passes import Target
-from passes.convert import Progress, convert_alone
+from passes.convert import Progress, convert_alone, convert_sites
+from passes.disk import Disk
 from passes.emit import How
 from passes.emit_large import emit_large
 from passes.find import Found, find
 from passes.plan import BASE_MEMORY, Plan
 from passes.saved import SavedChanges
+from passes.spread import open_shares
+from passes.tune import Tuning
+from rewrite.calibration import Batch
 from rewrite.capture import capture
 from rewrite.checkpoint import Checkpoint, open_checkpoint, require_checkpoint, require_floats
 from rewrite.emit.large import Large, touched
@@ -36,7 +40,7 @@ from rewrite.opened import Opened
 from rewrite.program import Program
 from rewrite.ranks import Ranks, here
 from rewrite.shards import Source, lay_out, write_shards
-from rewrite.short import fill, in_float, kinds, shortened
+from rewrite.short import aliases, fill, in_float, kinds, shortened
 from rewrite.site import Dense, Grouped, Latent, Output, Site
 from rewrite.table import size
 from rewrite.weights import type_of
@@ -45,6 +49,8 @@ UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 SITE = 12
 """Bytes for every number of a site's matrices, while it is rewritten or written: as measured at the width of Llama 3
 8B, float64 matrices beside the ones that they were made from and the places of their numbers."""
+ROOM = 4
+"""This part of the limit is for weights that are kept while batches are calibrated one after the other."""
 WAITING = 8
 """Bytes on disk at most for every number of a converted site, until the output is written."""
 SHORT = 12
@@ -76,6 +82,9 @@ class Job:
     opened: Opened
     limit: int
     """Bytes of anonymous memory at most."""
+    batches: Sequence[Batch] | None = None
+    """The calibration; from the weights alone where there is none."""
+    tuning: Tuning | None = None
 
     @property
     def sites(self) -> list[Site]:
@@ -102,7 +111,7 @@ def stream(job: Job, work: Draft, tell: Progress, ranks: Ranks) -> Streamed | No
     """Convert what is not converted yet, then write what is not written yet; None where another process writes."""
     held = job.held()
     changes = SavedChanges(Journal(work.journal), {s.name: s for s in job.sites})
-    convert_alone(ranks.mine(job.sites), job.targets, in_float(held), changes, tell)
+    _convert(job, held, changes, work, tell, ranks)
     ranks.meet()
     if not ranks.first:
         return None
@@ -111,6 +120,19 @@ def stream(job: Job, work: Draft, tell: Progress, ranks: Ranks) -> Streamed | No
     layout = lay_out(large, job.model, held)
     hashes = write_shards(work.path, layout, Source(large, layout, held), changes.journal, tell)
     return Streamed(large, planned, errors, notes, hashes, {s.name: type_of(s.dtype) for s in layout.specs})
+
+
+def _convert(job: Job, held: Checkpoint, changes: SavedChanges, work: Draft, tell: Progress, ranks: Ranks) -> None:
+    if not job.batches:
+        convert_alone(ranks.mine(job.sites), job.targets, in_float(held), changes, tell)
+        return
+    read, names = in_float(held), aliases(job.model)
+
+    def any_name(name: str) -> Tensor:
+        return read(next(n for n in (name, *names[name]) if held.entry(n) is not None))
+
+    disk = Disk(any_name, job.limit // ROOM, work.journal, changes)
+    convert_sites(job.program, job.found, job.targets, job.batches, tell, job.tuning, disk=disk)
 
 
 def _summed(planned: Plan, changes: SavedChanges) -> tuple[Plan, dict[str, float | None], tuple[str, ...]]:
@@ -161,17 +183,13 @@ def limit_of(memory: str | None) -> int:
 def streams(folder: Path, limit: int, memory: str | None, calibration: Any) -> bool:
     """Whether a conversion from folder to folder goes piece by piece: the model does not fit, or it was asked for."""
     large, several = too_large(folder, limit), here().count > 1
-    if calibration is None:
-        return large or several or memory is not None
-    if large or several:
-        why = f"which takes more than {size(limit)}" if large else "which one process does"
+    if several and calibration is not None:
         raise Refused(
             "stream",
-            f"calibration holds the whole model in float32 beside its copy, {why}",
-            f"needs about {size(_in_memory(folder))}: --memory, or one process, on a machine with as much",
-            "or leave --calibrate away: from the weights alone a conversion goes site by site in any memory",
+            f"calibration is not yet shared out, and {here().count} processes were started",
+            "start one, or leave --calibrate away: from the weights alone sites are shared out",
         )
-    return False
+    return large or several or (calibration is None and memory is not None)
 
 
 def too_large(folder: str | Path, limit: int) -> bool:
@@ -241,6 +259,8 @@ def require_memory(job: Job) -> None:
         f"largest site: {largest.name}": SITE * _numbers(largest),
         "its first layers, run to prove the form": SHORT * sum(p.numel() for p in short.parameters()),
     }
+    if job.batches:
+        steps[f"calibration of {largest.name}"] = _calibrating(job, largest)
     step = max(steps, key=lambda name: steps[name])
     needed, free = anonymous() + steps[step], this_machine(Path.cwd()).memory
     if needed > job.limit:
@@ -256,3 +276,15 @@ def _numbers(site: Site) -> int:
     roots = [r for o in (site.q, site.k, site.v) for r in o.roots]
     roots += [site.out.root] if isinstance(site.out, Output) else []
     return sum(r.rows * r.columns for r in roots)
+
+
+def _calibrating(job: Job, site: Site) -> int:
+    """Bytes, about: a site's matrices, what one batch shows of it in float64, the weights that are held, and where
+    one total is shared out what the model predicts on one batch."""
+    rows, tokens = max(next(iter(b.values())).shape[:2] for b in job.batches or ())
+    widths = site.q.heads * (site.q.dim + site.v.dim) + site.k.heads * (site.k.dim + site.v.dim)
+    seen = 8 * (4 * rows * tokens * widths + site.heads * tokens * min(tokens, 2048) * rows)
+    shared = open_shares(job.sites, job.targets)
+    config: Any = job.model.config.get_text_config()
+    predicted = 12 * rows * tokens * int(getattr(config, "vocab_size", 0) or 0) if shared else 0
+    return job.limit // ROOM + max(SITE * _numbers(site) + seen, predicted)

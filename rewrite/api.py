@@ -93,10 +93,10 @@ def convert(
     is measured on; without it the outputs on example inputs are compared. `out` is a new folder, whole or absent.
     `tune` steps of Adam follow at every site, on its own output (0: none). `emit` chooses how a latent is written: as a
     class of the library that engines load ("stock"), in the model's own class ("own"), or whichever fits ("auto").
-    `memory` ("4GB") is the most that a conversion from folder to folder may hold: it then goes site by site and shard
-    by shard, as it does where the model is too large for 80 % of what is free, and gives a `Written`. What an earlier
-    such run has finished is taken up, unless `resume` is False. Under torchrun sites are shared out; None is what all
-    processes but the first get.
+    `memory` ("4GB") is the most that a conversion from folder to folder may hold, 80 % of what is free where it is not
+    given. Where the model does not fit it goes site by site and shard by shard, and gives a `Written`; so it does from
+    weights alone where `memory` is given. What an earlier such run has finished is taken up, unless `resume` is False.
+    Under torchrun sites are shared out, and all processes but the first get None.
     Raises where no site can be converted; a failed check is told by the report, and names the folder `out.failed`.
     """
     asked = _one(target)
@@ -155,24 +155,25 @@ def _stream(
     step: _Step, opened: Opened, out: Path, limit: int, tell: Tell, checking: _Checking, *, resume: bool
 ) -> Written | None:
     """The pipeline from folder to folder: nothing that is as large as the model is held."""
-    program = capture(opened.working, step.inputs, dynamic=False)
+    program = capture(opened.working, step.inputs, dynamic=step.calibration is not None)
     found = find(program.static)
     planned = step.plan(opened.working, program, found)
     require(planned)
-    job = Job(program, found, step.targets(program, found), planned, step.how, opened, limit)
+    data = step.batches(program)
+    used = None if data is None else opened.calibration(step.calibration, data)
+    targets = step.targets(program, found)
+    job = Job(program, found, targets, planned, step.how, opened, limit, data, step.tuning)
     require_job(job, out)
     with together() as ranks:
-        mine = (
-            draft(out, opened.folder, key=step.key(checking.seed), restart=not resume) if ranks.first else joined(out)
-        )
-        with mine as work:
+        key = step.key(checking.seed, used)
+        with draft(out, opened.folder, key=key, restart=not resume) if ranks.first else joined(out) as work:
             ranks.meet()
             made = stream(job, work, tell, ranks)
             if made is None:
                 return None
             save_config(made.large.model, made.types, work)
             checked, notes = _check_written(opened, work.path, checking, limit, tell)
-            report = step.report(made.plan, None, made.errors, [*made.notes, *notes], checked, checking.seed)
+            report = step.report(made.plan, used, made.errors, [*made.notes, *notes], checked, checking.seed)
             return Written(*finish(work, opened, report, made.hashes))
 
 
@@ -311,14 +312,16 @@ class _Step:
             windows = Windows(tokens, windows.samples, rows)
         return batches(self.calibration, example, windows, self.opened.tokenizer)
 
-    def key(self, seed: int) -> str:
-        """What a conversion from weights alone hangs on, line by line: one that differs is another conversion."""
+    def key(self, seed: int, used: Calibration | None) -> str:
+        """What a conversion hangs on, line by line: one that differs is another conversion."""
         lines = {
             "model": "" if self.opened is None else self.opened.fingerprint,
             "target": "" if self.target is None else spell(self.target),
             "only": self.only,
             "skip": " ".join(self.skip),
             "emit": self.how,
+            "text": "" if used is None else f"{used.sha256}, {used.samples} windows of {used.length}",
+            "tune": "" if self.tuning is None else str(self.tuning.steps),
             "seed": str(seed),
             "with": " ".join(f"{name} {version}" for name, version in made_by()),
         }

@@ -8,12 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+import passes.stream
+import rewrite.calibration
 import rewrite.save
 import rewrite.shards
+from passes.disk import Disk
 from rewrite import GQA, MLA, convert
 from rewrite.checkpoint import Checkpoint, require_checkpoint
 from rewrite.cli import main
-from rewrite.errors import OutOfSpace, Refused
+from rewrite.errors import OutOfSpace
 from rewrite.journal import hash_of
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
@@ -116,8 +119,6 @@ def test_what_does_not_fit_is_refused_with_numbers(tmp_path: Path):
         convert(MODELS / "llama", GQA(3), out=tmp_path / "out", memory="100MB")
     assert "the limit is 100 MB" in str(caught.value)
     assert "--memory" in str(caught.value)
-    with pytest.raises(Refused, match="calibration holds the whole model"):
-        convert(MODELS / "llama", GQA(3), out=tmp_path / "out", memory="100MB", calibration=MODELS / "calibration.txt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,3 +137,30 @@ def test_an_amount_of_memory_that_is_none(words: str, tmp_path: Path, capsys: py
     code = main(["convert", str(MODELS / "llama"), str(tmp_path / "out"), "--to", "gqa:3", f"--memory={words}"])
     assert code == 2
     assert "is no amount of memory" in capsys.readouterr().err
+
+
+CALIBRATED: dict[str, Any] = {"heads": GQA(3, polish=0), "a total spread over latents": MLA(cache=0.25, polish=0)}
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_calibrated_layer_by_layer(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights read when a node asks for them, activations in files: the same bytes as with the model in memory."""
+    kind, target = "llama", CALIBRATED[name]
+    monkeypatch.setattr(rewrite.calibration, "TOKENS_A_BATCH", 512)  # two batches
+    given: dict[str, Any] = {"calibration": MODELS / "calibration.txt", "samples": 16, "length": 64, "check": False}
+    given["only"] = "model.layers.[12].*"
+    convert(MODELS / kind, target, out=tmp_path / "held", **given)
+    monkeypatch.setattr(passes.stream, "too_large", lambda *_: True)
+    spilled = Disk.spilled
+    waiting: list[int] = []
+
+    def noted(self: Disk, value: Any) -> Any:
+        made = spilled(self, value)
+        waiting.append(made.nbytes if made is not value else 0)
+        return made
+
+    monkeypatch.setattr(Disk, "spilled", noted)
+    made = convert(MODELS / kind, target, out=tmp_path / "streamed", memory=ROOM, **given)
+    assert max(waiting) > 0
+    assert made.rewrite_report.worst(1)
+    assert different(tmp_path / "held", tmp_path / "streamed") == []

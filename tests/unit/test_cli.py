@@ -13,7 +13,7 @@ GROUPS = {
     "convert": {
         "What": {"MODEL", "--to", "--only", "--skip", "--calibrate", "--tune"},
         "Where": {"OUT", "--text", "--emit"},
-        "Limits": {"--calibrate-samples", "--calibrate-length", "--max-loss", "--seed"},
+        "Limits": {"--calibrate-samples", "--calibrate-length", "--memory", "--restart", "--max-loss", "--seed"},
         "Dangerous": {"--no-check"},
     },
     "check": {
