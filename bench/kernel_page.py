@@ -9,13 +9,14 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def page(ran: Sequence[Row], made: Sequence[Row], limits: Mapping[str, int]) -> tuple[str, list[str]]:
-    """The page, and sentences about what is wrong. `limits`: bytes of shared memory of a block by chip."""
+def page(ran: Sequence[Row], made: Sequence[Row], limits: Mapping[str, int], left: int = 0) -> tuple[str, list[str]]:
+    """The page, and what is wrong. `limits`: bytes of shared memory of a block by chip; `left`: what was not run."""
     wrong = [
         *(w for row in ran for w in _wrong_numbers(row)),
         *(w for row in made for w in _wrong_resources(row, limits[row["chip"]])),
     ]
     verdict = f"{len(wrong)} are wrong." if wrong else "nothing is wrong."
+    verdict += f" {left} cases or kernels are not tried yet: the next run goes on there." if left else ""
     text = [
         "# Generated kernels, checked without a GPU",
         "",

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def specs(case: Case, on: Chip = HOPPER) -> list[KernelSpec]:
         else:
             found.append(call.spec(phase, dbias=phase == "dq" and "bias" in case.modifiers))
     rows = [call.rows(spec.packed) for spec in found]
-    return [spec.with_config(default(spec, n, on)) for spec, n in zip(found, rows, strict=True)]
+    placed = [spec.with_config(default(spec, n, on)) for spec, n in zip(found, rows, strict=True)]
+    return [replace(spec, upcast=False) for spec in placed]  # as it is outside the interpreter
 
 
 def interpreted(case: Case) -> dict[str, float]:
@@ -189,8 +191,10 @@ def _page(cases: Sequence[Case], write: bool) -> int:
     ran, built = kept("interpreted"), kept("compiled")
     keys = {digest(c) for c in cases}
     rows = [row for key, row in ran.items() if key in keys]
-    made = [built[key] for key, _, _ in kernels(cases) if key in built]
-    text, wrong = page(rows, made, {c.name: c.shared for c in CHIPS})
+    wanted = [key for key, _, _ in kernels(cases)]
+    made = [built[key] for key in wanted if key in built]
+    left = len(keys) - len(rows) + len(wanted) - len(made)
+    text, wrong = page(rows, made, {c.name: c.shared for c in CHIPS}, left)
     if write:
         PAGE.write_text(text, encoding="utf-8")
     print(text if wrong or not write else f"wrote {PAGE}")
