@@ -115,8 +115,7 @@ class Kept:
     def __init__(self, file: Path | None) -> None:
         self.file = file
         lines = file.read_text("utf-8").splitlines() if file is not None and file.exists() else []
-        told: list[Any] = [json.loads(x) for x in lines]
-        rows = [Row(**{**x, "chosen": tuple(x["chosen"])}) for x in told]
+        rows = [replace(row, chosen=tuple(row.chosen)) for row in (Row(**json.loads(x)) for x in lines)]
         self.rows = {(r.model, r.density, r.method, r.windows): r for r in rows}
 
     def measure(self, one: Source, density: float, method: Method) -> Row:
@@ -140,8 +139,8 @@ def page(rows: Sequence[Row], samples: int) -> str:
         "",
         "Perplexity of the converted model divided by the original's, on held-out text beside the models",
         f"({rows[0].windows} windows of {CONTEXT} tokens, float32), at a share of the pairs of query and key that",
-        f"causal attention reads of {CONTEXT} tokens. Calibration: {samples} windows of {CONTEXT} tokens of other text;",
-        "nothing was trained. `python -m bench.sparse` writes this page.",
+        f"causal attention reads of {CONTEXT} tokens. Calibration: {samples} windows of {CONTEXT} tokens of other",
+        "text; nothing was trained. `python -m bench.sparse` writes this page.",
         "",
         "The first row is the published way (StreamingLLM, arXiv 2309.17453): the first four tokens and one window",
         "for all heads of all layers. By kv head and layer: every kv head gets the whole context or one of nine",
