@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from passes.convert import Change
 from passes.emit import How, emit_changes, require, stock_layout
@@ -13,6 +13,7 @@ from rewrite.emit import large
 from rewrite.emit.choose import padded
 from rewrite.emit.deepseek import Layout, filled
 from rewrite.emit.large import Large, Proven
+from rewrite.emit.stock import fields
 from rewrite.emit.validate import differs_in_logits
 from rewrite.errors import Refused
 from rewrite.program import Program
@@ -45,6 +46,7 @@ def emit_large(
     if chosen and how == "stock":
         require(planned.emitted({}, dict.fromkeys(pairs, f"stock: {chosen}")))
     why = {n: (*((f"stock: {chosen}",) if chosen else ()), *proven.emitted.why.get(proven.kind[n], ())) for n in names}
+    why |= _why(program, pairs, {n: why[n] for n in names if proven.form(n) in ("grouped", "view")})
     made = large.own(program.module, pairs, names, proven, in_float(held))  # pyright: ignore[reportArgumentType]
     forms = {n: (proven.form(n), "; ".join(why[n])) for n in names}
     return made, planned.emitted(forms, {**stay, **refused})
@@ -63,6 +65,17 @@ def _proven(short: Program, pairs: Pairs, kind: dict[str, str]) -> Proven:
         )
     emitted = emit_changes(short.module, near, short, "own")  # pyright: ignore[reportArgumentType]
     return Proven(short.module, short.kwargs, emitted, near, kind)  # pyright: ignore[reportArgumentType]
+
+
+def _why(program: Program, pairs: Pairs, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Why the class has no field for some sites, in the numbers of the full model."""
+    shapes = {n: (site, new.site) for n in pairs for site, new in [pairs[n]]}
+    same = [n for n, (old, new) in shapes.items() if old.k.heads == new.k.heads]
+    _, known = fields(program.module, shapes, same)  # pyright: ignore[reportArgumentType]
+    return {
+        name: tuple(f"stock: {known[name]}" if why.startswith("stock:") and name in known else why for why in reasons)
+        for name, reasons in given.items()
+    }
 
 
 def _stock(

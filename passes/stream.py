@@ -146,15 +146,17 @@ def _summed(planned: Plan, changes: SavedChanges) -> tuple[Plan, dict[str, float
     return planned.found(sites), errors, tuple(notes)
 
 
-def _near(sites: Sequence[Site]) -> set[str]:
-    """Tensors that the model cut short must hold: those of a site of every kind."""
-    first = set(kinds(sites).values())
-    return {t for s in sites if s.name in first for t in touched(s)}
+def _near(job: Job) -> set[str]:
+    """Tensors that the model cut short must hold: those of a site of every kind, and of one of every kind that stays
+    as it is, as a form for all sites is none for some."""
+    stay = [s for s in job.found.sites if s.name not in job.targets]
+    first = {name for some in (job.sites, stay) for name in kinds(some).values()}
+    return {t for s in job.found.sites if s.name in first for t in touched(s)}
 
 
 def _short(job: Job, held: Checkpoint) -> Program:
     """The model cut short, captured; its sites must be those of the full one."""
-    model = shortened(job.model, _near(job.sites))
+    model = shortened(job.model, _near(job))
     program = capture(model, dynamic=False)
     whole = {s.name: s.proof.region for s in job.sites}
     for site in find(program.static).sites:
@@ -254,7 +256,7 @@ def require_named(job: Job) -> None:
 def require_memory(job: Job) -> None:
     """Raise where the largest step needs more than the limit."""
     largest = max(job.sites, key=_numbers)
-    short = shortened(job.model, _near(job.sites))
+    short = shortened(job.model, _near(job))
     steps = {
         f"largest site: {largest.name}": SITE * _numbers(largest),
         "its first layers, run to prove the form": SHORT * sum(p.numel() for p in short.parameters()),

@@ -52,6 +52,15 @@ def test_the_same_bytes_as_in_memory(name: str, tmp_path: Path):
     assert files["model.safetensors"] == hash_of(tmp_path / "streamed" / "model.safetensors")
 
 
+@pytest.mark.parametrize("only", ["model.layers.[01].*", "model.layers.[12].*"])
+def test_where_some_sites_stay(only: str, tmp_path: Path):
+    """What is a form for all sites, one number in the config, is none for some: the part that is run must show it."""
+    convert(MODELS / "llama", GQA(3), out=tmp_path / "held", check=False, only=only)
+    made = convert(MODELS / "llama", GQA(3), out=tmp_path / "streamed", check=False, only=only, memory=ROOM)
+    assert {row.form for row in made.rewrite_report.sites if row.converted} == {"grouped"}
+    assert different(tmp_path / "held", tmp_path / "streamed") == []
+
+
 def test_shards_are_those_that_transformers_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Files, their order and the index; and a source in several files is one model."""
     monkeypatch.setattr(rewrite.save, "SHARD", 1_000_000)
