@@ -1,4 +1,4 @@
-"""Every line that a plan prints about what loads the result is held by a test that exists; the generated file is whole."""
+"""Every line that a plan prints about what loads the result is held by a test; the generated file is whole."""
 
 import ast
 import inspect
