@@ -1,5 +1,6 @@
-"""The absorbed latent attention and the bounded cache as ONNX functions: they lie in the file, are made of standard operators, and a runtime
-that knows nothing of them reads them as they are written here. The names of the domain are those of no operator."""
+"""The absorbed latent attention and the bounded cache as ONNX functions: they lie in the file, are made of standard
+operators, and a runtime that knows nothing of them reads them as they are written here. The names of the domain are
+those of no operator."""
 
 from __future__ import annotations
 

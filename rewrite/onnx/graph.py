@@ -41,9 +41,8 @@ def finish(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], opset
     for value in model.graph.outputs:
         if value.name is not None and value.name.startswith("present.") and value.shape is not None:
             length = lengths.get(value.name.replace("present.", "past_key_values.", 1))
-            axes = list(value.shape)
-            axes[2] = ir.SymbolicDim("total") if length == ir.SymbolicDim("past") else length
-            value.shape = ir.Shape(axes)
+            if length is not None:
+                value.shape[2] = ir.SymbolicDim("total") if length == ir.SymbolicDim("past") else length
     _named(model, inputs, outputs)
 
 

@@ -78,7 +78,7 @@ def _bounded(
     sparse: Sparse, layer: Bounded, given: Tensor | None, begin: Tensor | None, query: Tensor
 ) -> Tensor | None:
     (group,) = sparse.groups
-    hand, total = layer.keys.shape[2], layer.seen + query.shape[2]
+    hand, total = layer.held[0].shape[2], layer.seen + query.shape[2]
     away = torch.full((1,), total - hand, dtype=torch.int64)
     slots = torch.arange(hand)
     row = torch.zeros((1, 1, 1, 1), dtype=torch.int64) if begin is None else begin[:, :, -1:].long()

@@ -65,7 +65,7 @@ def _text(decoder: Decoder, model: Any, slots: Sequence[Slot], padding: Sequence
     """The largest difference over one text, taken in by these steps; at its end all that is cached is compared."""
     decoder.reset()
     cache, kind = DynamicCache(), next(p.dtype for p in model.parameters() if p.is_floating_point())
-    worst, where, real = 0.0, "", np.zeros(0, bool)
+    worst, where, real = 0.0, "", np.zeros((1, 0), bool)
     for ids, mask in _tokens(padding, steps, int(model.config.get_text_config().vocab_size)):
         got = decoder.step(ids.numpy(), mask.numpy())
         wanted = _torch_step(model, ids, mask, cache)
