@@ -204,7 +204,7 @@ def deepseek() -> Any:
 
 
 def uneven() -> Any:
-    return convert(llama(), BlockSparse(streaming([1, 0], [2, 9])), check=False)
+    return convert(llama(), BlockSparse(streaming([1, 1, 0, 0], [2, 2, None, None])), check=False)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
