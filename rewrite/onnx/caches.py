@@ -16,10 +16,13 @@ from transformers.cache_utils import DynamicLayer
 
 @dataclass(frozen=True)
 class Slot:
-    """What one layer caches: (heads, width) of each of its tensors; `rank` where the first is a latent."""
+    """What one layer caches: (heads, width) of each of its tensors; `rank` where the first is a latent; `bound` where
+    it holds so many tokens at most, of which the first `sink` are each row's own first ones."""
 
     tensors: tuple[tuple[int, int], ...]
     rank: int | None = None
+    sink: int = 0
+    bound: int | None = None
 
     @property
     def numbers(self) -> int:

@@ -152,6 +152,8 @@ def _fits(form: str, slots: tuple[Slot, ...]) -> None:
             f"form '{form}' reads keys and values of every kv head, and this model caches a latent",
             "form 'matmul' or 'shared' reads the latent itself",
         )
+    if form in ("shared", "contrib") and any(slot.bound is not None for slot in slots):
+        raise Refused("onnx", f"form '{form}' writes in place, and this cache drops tokens", "form 'matmul' does that")
     if any(not width for slot in slots for _, width in slot.tensors):
         raise Refused(
             "onnx",
@@ -234,6 +236,8 @@ def _metadata(form: str, slots: tuple[Slot, ...], report: Report | None) -> dict
     if slots:
         made[names.SHARED] = "yes" if form in ("shared", "contrib") else "no"
         made[names.CACHE] = json.dumps([slot.numbers for slot in slots])
+    if any(slot.bound is not None for slot in slots):
+        made[names.BOUND] = json.dumps([slot.bound for slot in slots])
     if report is not None:
         made |= {names.RECIPE: ", ".join(report.target), names.REPORT: report.json()}
     return made

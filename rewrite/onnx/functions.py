@@ -1,5 +1,6 @@
-"""The absorbed latent attention as ONNX functions: they lie in the file, are made of standard operators, and a runtime
-that knows nothing of them reads them as they are written here. The names of the domain are those of no operator."""
+"""The absorbed latent attention and the bounded cache as ONNX functions: they lie in the file, are made of standard
+operators, and a runtime that knows nothing of them reads them as they are written here. The names of the domain are
+those of no operator."""
 
 from __future__ import annotations
 
@@ -45,7 +46,32 @@ def LatentValues(shares, latent, up):  # pyright: ignore
     return op.MatMul(heads, op.Transpose(up, perm=[0, 2, 1]))
 
 
-FUNCTIONS: Mapping[str, Any] = {f.name: f for f in (LatentScores, RopeScores, LatentValues)}
+@script(_domain, default_opset=op)
+def KeepLast(hand, bound: int):  # pyright: ignore
+    """The last `bound` tokens of hand (batch, heads, tokens, width), or all of fewer."""
+    tokens = op.Shape(hand, start=2, end=3)
+    limit = op.Constant(value_int=bound)
+    start = tokens - op.Min(tokens, op.Reshape(limit, op.Constant(value_ints=[1])))
+    return op.Slice(hand, start, tokens, op.Constant(value_ints=[2]))
+
+
+@script(_domain, default_opset=op)
+def KeepFirstAndLast(hand, first, bound: int):  # pyright: ignore
+    """`bound` tokens of hand (batch, heads, tokens, width), or all of fewer: those at the places first (batch, count)
+    and the last ones."""
+    tokens = op.Shape(hand, start=2, end=3)
+    limit = op.Constant(value_int=bound)
+    held = op.Min(tokens, op.Reshape(limit, op.Constant(value_ints=[1])))
+    count = op.Min(held, op.Shape(first, start=1, end=2))
+    axis = op.Constant(value_ints=[2])
+    places = op.Slice(first, op.Constant(value_ints=[0]), count, op.Constant(value_ints=[1]))
+    wide = op.Unsqueeze(places, op.Constant(value_ints=[1, 3]))
+    shape = op.Concat(op.Shape(hand, start=0, end=2), count, op.Shape(hand, start=3), axis=0)
+    early = op.GatherElements(hand, op.Expand(wide, shape), axis=2)
+    return op.Concat(early, op.Slice(hand, tokens - held + count, tokens, axis), axis=2)
+
+
+FUNCTIONS: Mapping[str, Any] = {f.name: f for f in (LatentScores, RopeScores, LatentValues, KeepLast, KeepFirstAndLast)}
 
 
 def define(model: onnx_ir.Model) -> None:

@@ -13,6 +13,8 @@ def refuse(slots: Sequence[Slot]) -> str | None:
     """Why neither ONNX Runtime GenAI nor optimum can hold this cache."""
     if any(slot.rank is not None for slot in slots):
         return "they cache keys and values of one width, this file a latent: rewrite.onnx.run decodes it"
+    if any(slot.bound is not None for slot in slots):
+        return "their caches hold every token, this one drops some: rewrite.onnx.run decodes it"
     sizes = sorted({size for slot in slots for size in slot.tensors})
     if len(sizes) > 1:
         told = ", ".join(f"{heads} × {width}" for heads, width in sizes)

@@ -37,13 +37,12 @@ def finish(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], opset
     define(model)
     for function in model.functions.values():
         function.opset_imports[""] = opset
+    lengths = {v.name: v.shape[2] for v in model.graph.inputs if v.shape is not None and len(v.shape) == 4}
     for value in model.graph.outputs:
         if value.name is not None and value.name.startswith("present.") and value.shape is not None:
-            axes = list(value.shape)
-            moves = isinstance(axes[2], ir.SymbolicDim) and str(axes[2]) not in ("capacity", "SymbolicDim('capacity')")
-            if moves:
-                axes[2] = ir.SymbolicDim("total")
-                value.shape = ir.Shape(axes)
+            length = lengths.get(value.name.replace("present.", "past_key_values.", 1))
+            if length is not None:
+                value.shape[2] = ir.SymbolicDim("total") if length == ir.SymbolicDim("past") else length
     _named(model, inputs, outputs)
 
 

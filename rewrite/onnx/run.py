@@ -72,9 +72,12 @@ class Decoder:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the tokens that are cached; the room behind them is not counted."""
-        batch = self.held[0].shape()[0] if self.held else 0
-        each = (s.heads * s.width * np.dtype(s.kind).itemsize for s in self.slots)
-        return batch * self.length * sum(each)
+        found = 0
+        for slot, held in zip(self.slots, self.held, strict=False):
+            batch, heads, tokens, width = held.shape()
+            tokens = self.length if self.shared else tokens
+            found += batch * heads * tokens * width * np.dtype(slot.kind).itemsize
+        return found
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Make room for `tokens` in all, where the file writes its cache in place."""

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, Cache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rewrite.errors import Refused
-from rewrite.onnx import attention
+from rewrite.onnx import attention, sparse
 from rewrite.onnx.caches import Handed, Slot
 
 KERNEL = "reattn_onnx"
@@ -29,6 +29,8 @@ class Stage:
     form: str = "matmul"
     cache: Cache | None = None
     seen: dict[int, int | None] = field(default_factory=dict[int, "int | None"])
+    bounded: dict[int, Slot] = field(default_factory=dict[int, Slot])
+    """The layers that drop tokens."""
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **given: Any
@@ -43,15 +45,38 @@ class Stage:
         }
         _require_mask(module, query, attention_mask, given)
         mask = _additive(attention_mask, query.dtype)
-        latent = getattr(module, "reattn", None)
-        if latent is not None:
-            return self._latent(latent, query, key, mask, options), None
+        own = getattr(module, "reattn", None)
+        if hasattr(own, "groups"):
+            return self._sparse(own, module, query, key, value, mask, options), None
+        if own is not None:
+            return self._latent(own, query, key, mask, options), None
+        return self._plain(module, query, key, value, mask, options), None
+
+    def _plain(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
+    ) -> Tensor:
         layer = self._layer(module, key, value)
         if isinstance(layer, Handed):
-            return attention.contrib(query, layer, mask, options), None
+            return attention.contrib(query, layer, mask, options)
         plain = options["sinks"] is None and options["position_bias"] is None
         how = attention.operator if self.form == "attention" and plain else attention.grouped
-        return how(query, key, value, mask, options), None
+        return how(query, key, value, mask, options)
+
+    def _sparse(
+        self, own: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
+    ) -> Tensor:
+        """Attention under masks of the module's own, on what is at hand."""
+        reason = sparse.refuse(own)
+        if reason is not None:
+            raise Refused(
+                "onnx", f"{type(module).__name__}: {reason}", "one mask for all heads of a layer can be written"
+            )
+        if own.call.layer is not None:  # an ordinary run, in which the module's own layer waits for its kernel
+            at = next(i for i, layer in enumerate(self._layers()) if layer is own.call.layer)
+            self.bounded[at] = sparse.slot_of(own, key, value)
+            return attention.grouped(query, key, value, mask, options)
+        mask = sparse.masked(own, next((x for x in self._layers() if x.keys is key), None), mask, query, key)
+        return self._plain(module, query, key, value, mask, options)
 
     def _latent(self, latent: Any, query: Tensor, key: Tensor, mask: Tensor | None, options: Any) -> Tensor:
         given, latent.call.held = latent.call.held, None
@@ -103,6 +128,9 @@ class Stage:
         """What each layer caches, after a run with an ordinary cache."""
         found: list[Slot] = []
         for at, layer in enumerate(self._layers()):
+            if at in self.bounded:
+                found.append(self.bounded[at])
+                continue
             if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (layer.keys, layer.values)):
                 raise Refused("onnx", f"layer {at} of its cache was not filled", "every layer has to cache something")
             rank = self.seen.get(at)

@@ -18,6 +18,7 @@ from rewrite.examples import Inputs, given, propose
 from rewrite.failure import describe
 from rewrite.onnx import names
 from rewrite.onnx.caches import Grown, Handed, Slot, Written
+from rewrite.onnx.sparse import Bounded
 from rewrite.onnx.stage import Stage, staged
 
 BATCH, TOKENS, PAST, ROOM = 2, 3, 5, 4
@@ -64,6 +65,8 @@ class Decoding(nn.Module):
         return out.logits, [layer.held for layer in layers]
 
     def _layer(self, slot: Slot, held: list[Tensor], filled: Any) -> Grown:
+        if slot.bound is not None:
+            return Bounded(slot, held, filled)
         if self.stage.form == "shared":
             return Written(slot, held, filled)
         return Handed(slot, held, filled) if self.stage.form == "contrib" else Grown(slot, held)
@@ -131,22 +134,34 @@ def decoding(model: Any, stage: Stage) -> Traced:
         raise Refused("onnx", f"{type(model).__name__} filled no cache", "it may have been saved with use_cache=False")
     shared = stage.form in ("shared", "contrib")
     length = PAST + TOKENS + ROOM if shared else PAST
+    lengths = [length if slot.bound is None else min(slot.bound, PAST) for slot in slots]
     ids = torch.arange(BATCH * TOKENS).reshape(BATCH, TOKENS) % int(config.vocab_size)
     mask = torch.ones(BATCH, PAST + TOKENS, dtype=torch.int64)
-    places = torch.arange(PAST, PAST + TOKENS).expand(BATCH, -1).contiguous()
+    positions = torch.arange(PAST, PAST + TOKENS).expand(BATCH, -1).contiguous()
     kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    past = [[torch.zeros(BATCH, g, length, d, dtype=kind) for g, d in slot.tensors] for slot in slots]
-    tokens, held = {0: "batch", 1: "sequence"}, {0: "batch", 2: "capacity" if shared else "past"}
-    shapes = (tokens, {0: "batch", 1: "total"}, tokens, [[held for _ in slot.tensors] for slot in slots])
-    every = [(layer, part) for layer, slot in enumerate(slots) for part in range(len(slot.tensors))]
+    past = [
+        [torch.zeros(BATCH, g, n, d, dtype=kind) for g, d in slot.tensors]
+        for n, slot in zip(lengths, slots, strict=True)
+    ]
+    tokens = {0: "batch", 1: "sequence"}
+    held = [{0: "batch", 2: _past(slot, shared)} for slot in slots]
+    every = [[axes for _ in slot.tensors] for axes, slot in zip(held, slots, strict=True)]
+    shapes = (tokens, {0: "batch", 1: "total"}, tokens, every)
+    places = [(layer, part) for layer, slot in enumerate(slots) for part in range(len(slot.tensors))]
     return Traced(
         Decoding(model, stage, slots, takes(model, "position_ids")),
-        (ids, mask, places, past),
+        (ids, mask, positions, past),
         shapes,
-        ("input_ids", "attention_mask", "position_ids", *(names.past(*at) for at in every)),
-        ("logits", *(names.present(*at) for at in every)),
+        ("input_ids", "attention_mask", "position_ids", *(names.past(*at) for at in places)),
+        ("logits", *(names.present(*at) for at in places)),
         tuple(slots),
     )
+
+
+def _past(slot: Slot, shared: bool) -> str:
+    if slot.bound is not None:
+        return f"held_{slot.bound}"
+    return "capacity" if shared else "past"
 
 
 def plain(model: nn.Module, inputs: Any) -> Traced:

@@ -17,9 +17,10 @@ import torch
 import transformers
 from torch import nn
 
-from rewrite import GQA, MLA, ReattnError, convert, export_onnx
+from rewrite import GQA, MLA, BlockSparse, ReattnError, convert, export_onnx
 from rewrite.cli import main
 from rewrite.errors import BadUsage, CheckFailed, Refused
+from rewrite.mask import streaming
 from rewrite.onnx import export, genai, graph, names
 from rewrite.onnx.caches import Slot
 from rewrite.onnx.run import Decoder, generate
@@ -64,19 +65,22 @@ FORMS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "contrib": (llama, {"form": "contrib"}),
     "latent": (latent, {"form": "shared"}),
     "rebuilt.onnx": (lambda: latent("rebuilt"), {}),
+    "sink.onnx": (lambda: convert(llama(), BlockSparse(window=4, sink=2), check=False), {}),
+    "window.onnx": (lambda: convert(llama(), BlockSparse(window=6, sink=0), check=False), {}),
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_writes_the_same_text(name: str, made: Callable[..., Path]) -> None:
-    """Two rows, one of them padded."""
+    """Two rows, one of them padded; a window of 6, and one of 4 with 2 first tokens, hold 5."""
     model, settings = FORMS[name]
     path = made(name, model, **settings)
     decoder = Decoder(path if path.suffix else path / "model.onnx", threads=1)
     text = generate(decoder, IDS, 12, attention_mask=MASK)
     assert np.array_equal(text, torch_text(model(), 12))
-    assert decoder.cache_bytes == 2 * 16 * 4 * sum(decoder.numbers)
-    assert decoder.capacity == (17 if decoder.shared else 16)
+    tokens = 5 if name in ("sink.onnx", "window.onnx") else 16
+    assert decoder.cache_bytes == 2 * tokens * 4 * sum(decoder.numbers)
+    assert decoder.capacity == (17 if decoder.shared else tokens)
 
 
 def test_what_is_cached_is_written_in_place(made: Callable[..., Path]) -> None:
@@ -199,6 +203,10 @@ def deepseek() -> Any:
     return tiny.settled(config, "DeepseekV3ForCausalLM")
 
 
+def uneven() -> Any:
+    return convert(llama(), BlockSparse(streaming([1, 1, 0, 0], [2, 2, None, None])), check=False)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "form": (llama, {"form": "fast"}, "there is no form 'fast'"),
     "type": (llama, {"dtype": "bfloat16"}, "'bfloat16' is no type"),
@@ -206,6 +214,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "expanded": (deepseek, {}, r"caches 24 numbers a token and expands them to 160.*MLA\(cache=1.0\)"),
     "no-cache": (lambda: tiny.bart()[0].get_encoder(), {"form": "shared"}, "this model has none"),
     "latent": (latent, {"form": "contrib"}, "this model caches a latent.*form 'matmul' or 'shared'"),
+    "uneven": (uneven, {}, "its heads have 2 masks, of which some drop tokens"),
+    "in-place": (lambda: FORMS["sink.onnx"][0](), {"form": "shared"}, "this cache drops tokens"),
     "itself": (lambda: convert(tiny.bloom()[0], MLA(cache=0.5), check=False), {}, "the original model can be written"),
 }
 
