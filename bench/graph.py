@@ -52,7 +52,7 @@ class Source:
         reasons = (t.refuse(s) for s, t in zip(self.found.sites, self._each(target), strict=True))
         return next((r for r in reasons if r is not None), None)
 
-    def convert(self, target: Target, calibrated: bool = True, tuning: Tuning | None = None) -> dict[str, Change]:
+    def convert(self, target: Target, calibrated: bool = True, tuning: Tuning | None = None) -> Mapping[str, Change]:
         """Every site rewritten, as `passes.convert` does it but for the measured errors; weights only where not
         `calibrated`."""
         names = [s.name for s in self.found.sites]
