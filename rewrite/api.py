@@ -11,17 +11,15 @@ import torch
 from torch import nn
 
 from passes import Target
-from passes.assign import assign, barred, suited, uncached
+from passes.asked import Asked, Inputs
 from passes.convert import Change, convert_sites
 from passes.emit import How, forecast, require
 from passes.emit import emit as emit_forms
 from passes.find import Found, find
 from passes.gqa import GQA
 from passes.mla import MLA
-from passes.plan import Plan, make_plan, no_attention, require_space
-from passes.sizes import describe
+from passes.plan import Plan, require_space
 from passes.sparse import BlockSparse
-from passes.spread import open_shares, settled, words
 from passes.stream import Job, limit_of, require_job, stream, streams, too_large
 from passes.tune import Tuning
 from rewrite.calibration import Batch, Windows, batches
@@ -32,15 +30,13 @@ from rewrite.folder import draft, joined, refuse_output
 from rewrite.opened import Opened, open_folder, open_model
 from rewrite.program import Program
 from rewrite.ranks import here, together
-from rewrite.report import Calibration, Checked, Report
-from rewrite.save import finish, made_by, refuse_saving, save, save_config
-from rewrite.site import Site
+from rewrite.report import Checked, Report
+from rewrite.save import finish, refuse_saving, save, save_config
 from rewrite.spell import spell
 
 TARGETS: tuple[type[Any], ...] = (GQA, MLA, BlockSparse)
 """Every target that can be asked for, by the command line too."""
 
-Inputs = tuple[Any, ...] | dict[str, Any] | None
 Tell = Callable[[str, int, int], None]
 
 
@@ -59,10 +55,10 @@ def plan(
     `only` and `skip` are globs on site names; `context` is the tokens for which the cache is stated.
     """
     program = capture(model, inputs, dynamic=False)
-    step = _Step(target=_one(target), inputs=inputs, only=only, skip=tuple(skip))
+    asked = Asked(target=_one(target), inputs=inputs, only=only, skip=tuple(skip))
     found = find(program.static)
-    planned = step.plan(model, program, found, context)
-    return planned.emitted(forecast(program.module, step.pairs(program, found)), {})
+    planned = asked.plan(model, program, found, context)
+    return planned.emitted(forecast(program.module, asked.pairs(program, found)), {})
 
 
 def convert(
@@ -99,8 +95,8 @@ def convert(
     Under torchrun sites are shared out, and all processes but the first get None.
     Raises where no site can be converted; a failed check is told by the report, and names the folder `out.failed`.
     """
-    asked = _one(target)
-    if asked is None:
+    wanted = _one(target)
+    if wanted is None:
         raise BadUsage("usage", "no target was given", "name one: GQA(kv_heads)")
     if tune and calibration is None:
         raise BadUsage("usage", f"tuning takes {tune} steps on the calibration, and none was given", "give calibration")
@@ -113,20 +109,20 @@ def convert(
     if out is not None:
         refuse_saving(opened.working)
     windows = Windows(length or opened.context, samples)
-    asked = _at_length(asked, windows.length) or asked
+    wanted = _at_length(wanted, windows.length) or wanted
     tuning = Tuning(tune, seed) if tune else None
     folder = None if out is None else Path(out)
-    step = _Step(asked, inputs, only, tuple(skip), opened, calibration, windows, folder, tuning, emit)
+    asked = Asked(wanted, inputs, only, tuple(skip), opened, calibration, windows, folder, tuning, emit)
     if streamed and folder is not None:
         checking = _Checking(check, text, inputs, max_loss, seed)
-        return _stream(step, opened, folder, limit, tell, checking, resume=resume)
-    done = step.run(opened.working, tell)
+        return _stream(asked, opened, folder, limit, tell, checking, resume=resume)
+    done = _run(asked, opened.working, tell)
     made: Any = opened.as_given(done.model)
-    checked = _check(opened, made, text, inputs, max_loss, seed, tell, step.lossless(done)) if check else None
-    used = None if done.used is None else opened.calibration(step.calibration, done.used)
+    checked = _check(opened, made, text, inputs, max_loss, seed, tell, _lossless(asked, done)) if check else None
+    used = None if done.used is None else opened.calibration(asked.calibration, done.used)
     errors = {n: c.error for n, c in done.changes.items()}
     notes = [note for c in done.changes.values() for note in c.rewritten.notes]
-    made.rewrite_report = step.report(done.plan, used, errors, notes, checked, seed)
+    made.rewrite_report = asked.report(done.plan, used, errors, notes, checked, seed)
     if out is not None:
         _, made.rewrite_report = save(made, opened, made.rewrite_report, Path(out))
     return made
@@ -152,20 +148,20 @@ class _Checking:
 
 
 def _stream(
-    step: _Step, opened: Opened, out: Path, limit: int, tell: Tell, checking: _Checking, *, resume: bool
+    asked: Asked, opened: Opened, out: Path, limit: int, tell: Tell, checking: _Checking, *, resume: bool
 ) -> Written | None:
     """The pipeline from folder to folder: nothing that is as large as the model is held."""
-    program = capture(opened.working, step.inputs, dynamic=step.calibration is not None)
+    program = capture(opened.working, asked.inputs, dynamic=asked.calibration is not None)
     found = find(program.static)
-    planned = step.plan(opened.working, program, found)
+    planned = asked.plan(opened.working, program, found)
     require(planned)
-    data = step.batches(program)
-    used = None if data is None else opened.calibration(step.calibration, data)
-    targets = step.targets(program, found)
-    job = Job(program, found, targets, planned, step.how, opened, limit, data, step.tuning)
+    data = asked.batches(program)
+    used = None if data is None else opened.calibration(asked.calibration, data)
+    targets = asked.targets(program, found)
+    job = Job(program, found, targets, planned, asked.how, opened, limit, data, asked.tuning)
     require_job(job, out)
     with together() as ranks:
-        key = step.key(checking.seed, used)
+        key = asked.key(checking.seed, used)
         with draft(out, opened.folder, key=key, restart=not resume) if ranks.first else joined(out) as work:
             ranks.meet()
             made = stream(job, work, tell, ranks)
@@ -173,7 +169,7 @@ def _stream(
                 return None
             save_config(made.large.model, made.types, work)
             checked, notes = _check_written(opened, work.path, checking, limit, tell)
-            report = step.report(made.plan, used, made.errors, [*made.notes, *notes], checked, checking.seed)
+            report = asked.report(made.plan, used, made.errors, [*made.notes, *notes], checked, checking.seed)
             return Written(*finish(work, opened, report, made.hashes))
 
 
@@ -241,130 +237,30 @@ class _Done:
     found: Found
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """One target on one model: capture, find, plan, calibrate, convert, emit."""
+def _run(asked: Asked, module: nn.Module, tell: Tell) -> _Done:
+    """The pipeline, once."""
+    program = capture(module, asked.inputs)
+    found = find(program.static)
+    planned = asked.plan(module, program, found)
+    require(planned)
+    if asked.out is not None:
+        require_space(planned, asked.out)
+    data = asked.batches(program)
+    changes = convert_sites(program, found, asked.targets(program, found), data, tell, asked.tuning)
+    planned = planned.found({name: change.rewritten.site for name, change in changes.items()})
+    made, planned = emit_forms(program, changes, planned, asked.how)
+    return _Done(made, planned, changes, data, program, found)
 
-    target: Target | None
-    inputs: Inputs
-    only: str = "*"
-    skip: tuple[str, ...] = ()
-    opened: Opened | None = None
-    calibration: Any = None
-    windows: Windows | None = None
-    out: Path | None = None
-    tuning: Tuning | None = None
-    how: How = "auto"
 
-    def run(self, module: nn.Module, tell: Tell) -> _Done:
-        """The pipeline, once."""
-        program = capture(module, self.inputs)
-        found = find(program.static)
-        planned = self.plan(module, program, found)
-        require(planned)
-        if self.out is not None:
-            require_space(planned, self.out)
-        data = self.batches(program)
-        changes = convert_sites(program, found, self.targets(program, found), data, tell, self.tuning)
-        planned = planned.found({name: change.rewritten.site for name, change in changes.items()})
-        made, planned = emit_forms(program, changes, planned, self.how)
-        return _Done(made, planned, changes, data, program, found)
+def _lossless(asked: Asked, done: _Done) -> Callable[[], nn.Module]:
+    """The same sites at the setting that must be exact, through the same emission."""
 
-    def targets(self, program: Program, found: Found) -> dict[str, Target]:
-        """The target of every site that can have it."""
-        shared, chosen = barred(found), self.assigned(program, found)
-        sites = {s.name: s for s in found.sites}
-        fit = {n: t for n, t in chosen.items() if n not in shared and t.refuse(sites[n]) is None}
-        # a stock class has one rank for all layers
-        return settled(found.sites, fit, open_shares(found.sites, fit)) if self.how == "stock" else fit
+    def make() -> nn.Module:
+        exact = {n: t.lossless(done.changes[n].site) for n, t in asked.targets(done.program, done.found).items()}
+        same = convert_sites(done.program, done.found, exact, None, _silent)
+        return emit_forms(done.program, same, done.plan, "own")[0]
 
-    def assigned(self, program: Program, found: Found) -> dict[str, Target]:
-        """The target of every chosen site."""
-        if self.target is None:
-            return {}
-        return suited(assign(found, self.target, self.only, self.skip), uncached(program, found))
-
-    def pairs(self, program: Program, found: Found) -> dict[str, tuple[Site, Site]]:
-        """Every site that can have the target, and its new shape."""
-        targets = self.targets(program, found)
-        return {s.name: (s, targets[s.name].after(s)) for s in found.sites if s.name in targets}
-
-    def plan(self, model: Any, program: Program, found: Found, context: int = 32_768) -> Plan:
-        """What would be done, site by site."""
-        label = self.opened.folder if self.opened is not None and self.opened.folder is not None else model
-        if not found.sites:
-            raise no_attention(describe(label, program.module), len(program.static.graph.nodes), found)
-        chosen = self.assigned(program, found)
-        spelled = (spell(self.target),) if self.target is not None else ()
-        why = barred(found)
-        sizes = words(found.sites, {n: t for n, t in chosen.items() if n not in why}, alike=self.how == "stock")
-        return make_plan(label, program, found, chosen, spelled=spelled, barred=why, context=context, sizes=sizes)
-
-    def batches(self, program: Program) -> list[Batch] | None:
-        """The calibration for this model's inputs; at the traced size where the model takes no other."""
-        if self.calibration is None or self.windows is None or self.opened is None:
-            return None
-        names = [str(n) for n in program.static.graph_signature.user_inputs if isinstance(n, str)]
-        example = dict(zip(names, [*program.args, *program.kwargs.values()], strict=False))
-        windows = self.windows
-        if program.dynamic is None:
-            rows, tokens = next(a.shape[:2] for a in example.values() if isinstance(a, torch.Tensor) and a.dim() > 1)
-            windows = Windows(tokens, windows.samples, rows)
-        return batches(self.calibration, example, windows, self.opened.tokenizer)
-
-    def key(self, seed: int, used: Calibration | None) -> str:
-        """What a conversion hangs on, line by line: one that differs is another conversion."""
-        lines = {
-            "model": "" if self.opened is None else self.opened.fingerprint,
-            "target": "" if self.target is None else spell(self.target),
-            "only": self.only,
-            "skip": " ".join(self.skip),
-            "emit": self.how,
-            "text": "" if used is None else f"{used.sha256}, {used.samples} windows of {used.length}",
-            "tune": "" if self.tuning is None else str(self.tuning.steps),
-            "seed": str(seed),
-            "with": " ".join(f"{name} {version}" for name, version in made_by()),
-        }
-        return "".join(f"{name:8} {value}\n" for name, value in lines.items())
-
-    def report(
-        self,
-        planned: Plan,
-        used: Calibration | None,
-        errors: Mapping[str, float | None],
-        notes: Sequence[str],
-        checked: Checked | None,
-        seed: int,
-    ) -> Report:
-        """What was done."""
-        if self.opened is None:
-            raise ValueError("a report is of a model that was opened")
-        return Report(
-            version=1,
-            model=self.opened.label,
-            architecture=type(self.opened.working).__name__,
-            fingerprint=self.opened.fingerprint,
-            target=() if self.target is None else (spell(self.target),),
-            tune=0 if self.tuning is None else self.tuning.steps,
-            only=self.only,
-            skip=self.skip,
-            seed=seed,
-            calibration=used,
-            sites=planned.measured(errors),
-            checked=checked,
-            notes=(*((planned.sizes,) if planned.sizes else ()), *dict.fromkeys(notes)),
-            made_by=made_by(),
-        )
-
-    def lossless(self, done: _Done) -> Callable[[], nn.Module]:
-        """The same sites at the setting that must be exact, through the same emission."""
-
-        def make() -> nn.Module:
-            exact = {n: t.lossless(done.changes[n].site) for n, t in self.targets(done.program, done.found).items()}
-            same = convert_sites(done.program, done.found, exact, None, _silent)
-            return emit_forms(done.program, same, done.plan, "own")[0]
-
-        return make
+    return make
 
 
 def _check(
