@@ -12,10 +12,13 @@ CONFIG = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 SCRIPT = """
-import resource, sys
+import sys
+from pathlib import Path
 from rewrite.cli import main
 code = main(["plan", sys.argv[1], "--to", "gqa:8"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+# what getrusage says begins at the size of the process that started this one
+peak = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+print(int(peak.split()[1]) * 1024, file=sys.stderr)
 sys.exit(code)
 """
 
