@@ -18,8 +18,17 @@ def give_back() -> None:
 
 def memory(name: str) -> int:
     """Bytes: VmRSS, what is held now; VmHWM, the most that was since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return status()[name]
+
+
+def status(process: int | str = "self") -> dict[str, int]:
+    """All figures of a process in bytes; none of one that has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text("utf-8").splitlines()
+    except OSError:
+        return {}
+    rows = (line.split() for line in lines if line.endswith(" kB"))
+    return {row[0].removesuffix(":"): int(row[1]) * 1024 for row in rows}
 
 
 def reset_peak() -> int:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.memory import status
 from rewrite.emit.stock import built
 from rewrite.journal import hash_of
 from rewrite.weights import Spec, split, write
@@ -113,22 +114,13 @@ def run(words: list[str], log: Path, kill_after: float | None = None) -> Ran:
     with log.open("a") as file:
         child = subprocess.Popen(words, stdout=file, stderr=file)
         while child.poll() is None:
-            for name, value in _memory(child.pid).items():
-                most[name] = max(most[name], value)
+            held = status(child.pid)
+            most = {name: max(peak, held.get(name, 0)) for name, peak in most.items()}
             if kill_after is not None and time.monotonic() - start > kill_after:
                 child.send_signal(signal.SIGKILL)
                 child.wait()
             time.sleep(0.05)
     return Ran(time.monotonic() - start, most["RssAnon"], most["RssFile"], child.returncode)
-
-
-def _memory(process: int) -> dict[str, int]:
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    rows = (line.split() for line in lines if line.startswith(("RssAnon:", "RssFile:")))
-    return {row[0].removesuffix(":"): int(row[1]) * 1024 for row in rows}
 
 
 def copied(source: Path, place: Path) -> float:

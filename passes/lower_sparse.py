@@ -50,7 +50,7 @@ class Hidden(nn.Module):
 
     def __init__(self, mask: Mask, heads: int) -> None:
         super().__init__()
-        self.trees = [tree(mask, i) for i in range(heads if mask.per_head else 1)]
+        self.trees = [tree(mask, i) for i in mask.heads(heads)]
 
     def keep(self, queries: Any, keys: Any, like: Tensor) -> Tensor:
         """(heads, queries, keys), or without heads where they are alike."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from passes.moments import SCORES, SiteBatch, windowed
+from passes.moments import SiteBatch, apart, windowed
 from rewrite.mask import Mask
 from rewrite.site import Sink
 
@@ -45,7 +46,7 @@ def parts(batch: SiteBatch, dtype: torch.dtype = torch.float64) -> Iterator[Part
     (b, h, t, _), s = batch.q.shape, batch.k.shape[2]
     sunk = any(isinstance(mod, Sink) for mod in batch.site.mods)
     v = batch.v[:, list(batch.site.kv_of)].to(dtype)
-    for queries in torch.arange(t).split(max(1, SCORES // (b * h * s))):
+    for queries in apart(t, b * h * s):
         p = batch.some(ALL, queries)[..., :s].to(dtype)
         yield Part(p, v, queries + s - t, (1 - p.sum(-1, keepdim=True)).clamp_min(0) if sunk else 0.0)
 
@@ -58,5 +59,4 @@ def masked_outputs(mask: Mask, batch: SiteBatch) -> Tensor:
 
 def table(mask: Mask, at: Tensor, keys: int, heads: int) -> Tensor:
     """(heads or 1, queries, keys) booleans at the positions `at` of the queries."""
-    q, k = at.numpy()[:, None], torch.arange(keys).numpy()[None]
-    return torch.stack([torch.from_numpy(mask.holds(q, k, i)) for i in range(heads if mask.per_head else 1)])
+    return torch.from_numpy(mask.by_head(at.numpy()[:, None], np.arange(keys)[None], heads))

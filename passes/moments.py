@@ -111,6 +111,11 @@ def phases(batch: SiteBatch) -> Tensor:
     return torch.view_as_real(torch.stack(total))
 
 
+def apart(queries: int, scores: int) -> tuple[Tensor, ...]:
+    """Queries that are looked at one after the other, so that of all their `scores` few are held at once."""
+    return torch.arange(queries).split(max(1, SCORES // scores))
+
+
 def turns(batch: SiteBatch) -> Tensor:
     """(h, d + 1, 2) sums over queries of E_p[e^{iφ_a Δ}] for every coordinate a, as in `phases`; then the attention
     that was counted."""
@@ -118,7 +123,7 @@ def turns(batch: SiteBatch) -> Tensor:
     (b, h, t, _), s = batch.q.shape, batch.k.shape[2]
     counts = batch.keep is not None and batch.keep.shape == (b, t)
     mass = torch.zeros(h, t + s - 1, dtype=torch.float64)
-    for at in torch.arange(t).split(max(1, SCORES // (b * h * s))):
+    for at in apart(t, b * h * s):
         p = batch.some(slice(None), at)[..., :s]
         p = p * batch.keep[:, None, at, None] if counts and batch.keep is not None else p
         after = t - 1 - int(at[-1])

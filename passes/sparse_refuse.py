@@ -32,7 +32,7 @@ def refuse_mask(site: Site, mask: Mask) -> str | None:
     if wrong is not None:
         return wrong
     try:
-        trees = [tree(mask, i) for i in range(site.heads if mask.per_head else 1)]
+        trees = [tree(mask, i) for i in mask.heads(site.heads)]
     except ValueError as why:
         return str(why)
     for i, own in enumerate(trees):
@@ -70,7 +70,7 @@ def _outside(site: Site, mask: Mask) -> str | None:
     if mask == site.mask or implied(mask, site.mask):
         return None
     own = site.mask.table(LOOKED, LOOKED)
-    for i in range(site.heads if mask.per_head else 1):
+    for i in mask.heads(site.heads):
         at_q, at_k = np.nonzero(mask.table(LOOKED, LOOKED, i) & ~own)
         if not len(at_q):
             continue
@@ -83,7 +83,7 @@ def _outside(site: Site, mask: Mask) -> str | None:
 
 def _empty(site: Site, mask: Mask) -> str | None:
     own, itself = site.mask.table(LOOKED, LOOKED), "causal & window(1)" if looks_back(site) else "around(1)"
-    for i in range(site.heads if mask.per_head else 1):
+    for i in mask.heads(site.heads):
         none = np.flatnonzero(own.any(1) & ~(mask.table(LOOKED, LOOKED, i) & own).any(1))
         if len(none):
             return (

@@ -32,7 +32,7 @@ def _slow(sites: Sequence[Site], share: float) -> list[str]:
     lines: list[str] = []
     if share > DENSE:
         lines.append(f"no faster on a GPU: with more than {DENSE:g} of the pairs left a dense kernel is as fast")
-    found = [reach(tree(s.mask, i)) for s in sites if not _open(s) for i in range(s.heads if s.mask.per_head else 1)]
+    found = [reach(tree(s.mask, i)) for s in sites if not _open(s) for i in s.mask.heads(s.heads)]
     known = [x for x in found if x is not None]
     if known:
         longest = max(x.sink + x.window for x in known)

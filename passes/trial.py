@@ -16,7 +16,7 @@ from codegen.eager import rotated, scored
 from codegen.latent import attention, features
 from passes.masked import masked_outputs
 from passes.mla_basis import of_tokens
-from passes.moments import SCORES, SiteBatch, windowed
+from passes.moments import SiteBatch, apart, windowed
 from rewrite.heads import Latents, Rewritten
 from rewrite.site import Affine, Sink, Site, Sparse
 
@@ -94,7 +94,7 @@ def heads_outputs(latents: Latents, batch: SiteBatch) -> Tensor:
     """(tokens, h, dv) of every token of the batch."""
     batch = windowed(batch)
     b, h, t, _ = batch.q.shape
-    some = torch.arange(t).split(max(1, SCORES // (b * h * batch.k.shape[2])))
+    some = apart(t, b * h * batch.k.shape[2])
     z = torch.cat([trial(batch, ALL, queries).latent(latents) for queries in some], 2)
     return z.transpose(1, 2).flatten(0, 1)
 

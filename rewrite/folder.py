@@ -18,9 +18,12 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rewrite.errors import OutOfSpace, ReattnError, Refused
 
+BLOCK = 1 << 22
+"""Bytes of a file that are read at once."""
 _MARK = "reattn-partial"
 _WHOLE = "whole"
 _JOURNAL = "journal"
@@ -88,6 +91,13 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def hash_into(state: Any, path: Path) -> None:
+    """Feed a file to a hash, a piece at a time."""
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            state.update(block)
 
 
 def refuse_output(out: Path, source: Path | None = None) -> None:

@@ -11,9 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from rewrite.folder import sync
-
-BLOCK = 1 << 22
+from rewrite.folder import hash_into, sync
 
 
 class Journal:
@@ -62,7 +60,5 @@ class Journal:
 def hash_of(path: Path) -> str:
     """sha256 of a file."""
     state = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            state.update(block)
+    hash_into(state, path)
     return state.hexdigest()

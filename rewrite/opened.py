@@ -15,6 +15,7 @@ from torch import nn
 
 from rewrite.calibration import Batch
 from rewrite.errors import BadUsage, Refused
+from rewrite.folder import hash_into
 from rewrite.report import Calibration
 from rewrite.source import build
 
@@ -55,9 +56,7 @@ class Opened:
         state = hashlib.sha256()
         for path in sorted(p for p in self.folder.iterdir() if p.suffix in (".safetensors", ".json")):
             state.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    state.update(block)
+            hash_into(state, path)
         return state.hexdigest()
 
     def as_given(self, made: nn.Module) -> nn.Module:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rewrite.checkpoint import Checkpoint
-from rewrite.emit.stock import Shapes, built, shapes_of
+from rewrite.emit.stock import Shapes, built, config_at, configs, shapes_of
 from rewrite.errors import Refused
 from rewrite.opened import in_float32
 from rewrite.site import Site
@@ -24,8 +23,6 @@ from rewrite.source import empty
 
 VOCABULARY = 512
 """Tokens that are left of a larger vocabulary."""
-
-Part = tuple[tuple[str, ...], PreTrainedConfig]
 
 
 def kinds(sites: Sequence[Site]) -> dict[str, str]:
@@ -40,16 +37,9 @@ def shortened(full: PreTrainedModel, needed: set[str]) -> PreTrainedModel:
     return in_float32(empty(type(full), config).eval(), copied=False)  # pyright: ignore[reportReturnType]
 
 
-def _configs(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[Part]:
-    yield path, config
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            yield from _configs(value, (*path, name))
-
-
 def _numbers(config: PreTrainedConfig, word: str) -> Iterator[tuple[tuple[str, ...], str, int]]:
     """(path, name, value) of the whole numbers whose name holds a word."""
-    for path, part in _configs(config):
+    for path, part in configs(config):
         for name, value in vars(part).items():
             if word in name and type(value) is int and value > 1 and not name.startswith("_"):
                 yield path, name, value
@@ -74,7 +64,7 @@ def _few_tokens(full: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedCo
         if value <= VOCABULARY:
             continue
         less = _with(config, path, name, value, VOCABULARY)
-        part = _at(less, path)
+        part = config_at(less, path)
         for special, at in list(vars(part).items()):
             # padding must be a token that there is
             if special.endswith("token_id") and type(at) is int and at >= VOCABULARY:
@@ -92,19 +82,12 @@ def _cut_in_rows(old: Shapes, new: Shapes) -> bool:
 def _with(config: PreTrainedConfig, path: tuple[str, ...], name: str, value: int, count: int) -> PreTrainedConfig:
     """The config with one number less, and lists that have one entry for each of it cut."""
     made = copy.deepcopy(config)
-    part = _at(made, path)
+    part = config_at(made, path)
     setattr(part, name, count)
     for other, entries in list(vars(part).items()):
         if isinstance(entries, (list, tuple)) and len(entries) == value:
             setattr(part, other, entries[:count])
     return made
-
-
-def _at(config: PreTrainedConfig, path: tuple[str, ...]) -> Any:
-    part: Any = config
-    for name in path:
-        part = getattr(part, name)
-    return part
 
 
 def _shapes(full: PreTrainedModel, config: PreTrainedConfig) -> Shapes | None:

@@ -29,6 +29,8 @@ from rewrite.modules import key_norm_module, owner
 from rewrite.shared import shared
 from rewrite.site import FloatArray, Rope, Site
 
+UNWRITTEN = "it writes no cache, so there is nothing to make smaller"
+
 Recipe = dict[str, Any]
 
 
@@ -90,7 +92,7 @@ def _stays(site: Site) -> tuple[str, ...]:
 
 def recipe(model: PreTrainedModel, site: Site, latents: Latents, log: Log) -> Recipe | str:
     """What the runtime needs to know of one site, or why it cannot be had."""
-    reason = _unwritten(log)
+    reason = log.refusal(log.writes, UNWRITTEN)
     if reason is not None:
         return reason
     keep = _keep(site, log)
@@ -152,16 +154,6 @@ def factor_of(site: Site, rope: Recipe | None) -> float:
     """What the keys and queries that the module shows are multiplied by: it stands in its rope's table or behind it."""
     turned = 1.0 if rope is None else float(rope["factor"])
     return turned if site.k.after is None else float(site.k.after.constant.reshape(-1)[0])
-
-
-def _unwritten(log: Log) -> str | None:
-    if not log.called:
-        return "not called by the example"
-    if not log.writes:
-        return "it writes no cache, so there is nothing to make smaller"
-    if len(log.slots) > 1:
-        return f"writes cache layers {' and '.join(str(layer) for _, layer in sorted(log.slots))}"
-    return None
 
 
 def _shown(module: nn.Module, site: Site, latents: Latents, log: Log) -> Recipe | str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,16 @@ class Log:
     def layer(self) -> tuple[str, int] | None:
         """The one (half, layer) written to, where it is one."""
         return next(iter(self.slots)) if len(self.slots) == 1 else None
+
+    def refusal(self, seen: object, without: str) -> str | None:
+        """Why the module cannot be given another cache or kernel; `without` is what it means that nothing was `seen`."""
+        if not self.called:
+            return "not called by the example"
+        if not seen:
+            return without
+        if len(self.slots) > 1:
+            return f"writes cache layers {' and '.join(str(layer) for _, layer in sorted(self.slots))}"
+        return None
 
 
 class Witness(CacheView):
@@ -175,26 +185,36 @@ def _shapes_into(shapes: list[tuple[int, ...]]) -> Any:
 
 
 @contextmanager
-def _kernels_watched(logs: Mapping[nn.Module, Log]) -> Generator[None]:
-    """For a while the modules' configs name a kernel that notes its calls and hands them on."""
+def handed(modules: Iterable[nn.Module], name: str, run: Callable[..., Any]) -> Generator[None]:
+    """For a while the configs of modules that ask for their kernel by name ask for `name`, and `run(config, module, ...)`
+    is what they get, told the config that they had."""
     before: dict[nn.Module, Any] = {}
 
-    def watch(module: Any, *args: Any, **kwargs: Any) -> Any:
-        logs[module].kernels += 1
-        return kernel_of(module, before[module])(module, *args, **kwargs)
+    def called(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(before[module], module, *args, **kwargs)
 
-    AttentionInterface.register(WATCHED, watch)
+    AttentionInterface.register(name, called)
     try:
-        for module in logs:
+        for module in modules:
             config: Any = getattr(module, "config", None)
             if isinstance(getattr(config, "_attn_implementation", None), str):
                 before[module] = config
                 module.config = copy.copy(config)
-                module.config._attn_implementation_internal = WATCHED
+                module.config._attn_implementation_internal = name
         yield
     finally:
         for module, config in before.items():
             module.config = config
+
+
+def _kernels_watched(logs: Mapping[nn.Module, Log]) -> AbstractContextManager[None]:
+    """For a while the modules' configs name a kernel that notes its calls and hands them on."""
+
+    def watch(config: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        logs[module].kernels += 1
+        return kernel_of(module, config)(module, *args, **kwargs)
+
+    return handed(logs, WATCHED, watch)
 
 
 def observe(model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, Any]) -> dict[str, Log]:

@@ -8,20 +8,20 @@ what the cache drops.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rewrite.emit import runtime
 from rewrite.emit.choose import Changes, Emitted, padded, unfit
 from rewrite.emit.edits import edited
 from rewrite.emit.files import dress
-from rewrite.emit.observe import Log, observe
+from rewrite.emit.observe import Log, handed, observe
 from rewrite.emit.predicate import reach, tree
 from rewrite.emit.runtime.latent_entry import kernel_of
 from rewrite.emit.runtime.sparse import both
@@ -34,6 +34,7 @@ from rewrite.site import Site
 
 Recipe = dict[str, Any]
 RUNS = "reattn's operator where it is loaded, else torch in tiles"
+UNASKED = "it computes its attention itself and asks for no kernel that could be given a mask"
 MASKED = "reattn_masked"
 """The name under which the kernel of `masked` is registered."""
 
@@ -72,7 +73,7 @@ def forecast_sparse(sites: Mapping[str, Site]) -> dict[str, tuple[str, str]]:
 
 def recipe(site: Site, mask: Mask, log: Log, beside: str = "") -> Recipe | str:
     """What the runtime needs to know of one site, or why it cannot be had."""
-    reason = _unasked(log) or (f"its module also holds {beside}" if beside else None)
+    reason = log.refusal(log.kernels, UNASKED) or (f"its module also holds {beside}" if beside else None)
     if reason is not None:
         return reason
     shown = {t.shape[1] for w in log.writes for t in (w.k, w.v)} or {site.k.heads}
@@ -123,16 +124,6 @@ def _shown_tree(site: Site, mask: Mask, head: int) -> Any:
 def _beside(name: str, changes: Changes) -> str:
     mine = owner(changes[name][0])
     return next((n for n, (site, _) in changes.items() if n != name and owner(site) == mine), "")
-
-
-def _unasked(log: Log) -> str | None:
-    if not log.called:
-        return "not called by the example"
-    if not log.kernels:
-        return "it computes its attention itself and asks for no kernel that could be given a mask"
-    if len(log.slots) > 1:
-        return f"writes cache layers {' and '.join(str(layer) for _, layer in sorted(log.slots))}"
-    return None
 
 
 class _Work:
@@ -238,32 +229,19 @@ def masked(
     owners = {
         model.get_submodule(owner(site)): (site, mask, _begin(model, site, inputs)) for site, mask in masks.values()
     }
-    before: dict[Any, Any] = {module: module.config for module in owners}
 
-    def run(module: Any, q: Tensor, k: Tensor, v: Tensor, given: Tensor | None = None, **kwargs: Any) -> Any:
+    def run(config: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, given: Tensor | None = None, **more: Any) -> Any:
         site, mask, begin = owners[module]
         keep = tables(mask, site.heads, q.shape[2], k.shape[2], begin)
-        name = before[module]._attn_implementation
-        given = both(keep, given, q, name == "eager")
-        return kernel_of(module, before[module])(module, q, k, v, given, **kwargs)
+        given = both(keep, given, q, config._attn_implementation == "eager")
+        return kernel_of(module, config)(module, q, k, v, given, **more)
 
-    AttentionInterface.register(MASKED, run)
-    try:
-        for module, config in before.items():
-            module.config = copy.copy(config)
-            module.config._attn_implementation_internal = MASKED
+    with handed(owners, MASKED, run):
         yield
-    finally:
-        for module, config in before.items():
-            module.config = config
 
 
 def tables(mask: Mask, heads: int, queries: int, keys: int, begin: Tensor | None = None) -> Tensor:
     """(rows, heads or 1, queries, keys) booleans of a mask, positions counted from the first token of each row."""
     rows = [0] if begin is None else begin.tolist()
-    at_q, at_k = torch.arange(queries).numpy()[:, None] + keys - queries, torch.arange(keys).numpy()[None]
-    found = [
-        [torch.from_numpy(mask.holds(at_q - r, at_k - r, i)) for i in range(heads if mask.per_head else 1)]
-        for r in rows
-    ]
-    return torch.stack([torch.stack(of) for of in found])
+    at_q, at_k = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
+    return torch.from_numpy(np.stack([mask.by_head(at_q - r, at_k - r, heads) for r in rows]))

@@ -79,24 +79,25 @@ def fields(model: PreTrainedModel, pairs: Pairs, same: Sequence[str] = ()) -> tu
 
 def _candidates(config: PreTrainedConfig, heads: int) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """(path, spelling, field) of every integer that equals the kv heads; those that speak of keys come first."""
-    for path, part in _configs(config, ()):
+    for path, part in configs(config):
         names = [n for n, v in vars(part).items() if type(v) is int and v == heads and not n.startswith("_")]
         for name in sorted(names, key=lambda n: ("kv" not in n and "key_value" not in n, n)):
             yield path, ".".join((*path, name)), name
 
 
-def _configs(config: PreTrainedConfig, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+def configs(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+    """The config and those nested in it, each with its path."""
     yield path, config
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _configs(value, (*path, name))
+            yield from configs(value, (*path, name))
 
 
 def config_with(config: PreTrainedConfig, taken: Mapping[str, Field]) -> PreTrainedConfig:
     """The config with every field's number, and the head width beside it."""
     made = copy.deepcopy(config)
     for field in taken.values():
-        part = _part(made, field.path)
+        part = config_at(made, field.path)
         setattr(part, field.name, field.value)
         # written out, or a reader that derives it from the number of heads could take another
         if not _told(part, "head_dim"):
@@ -112,7 +113,8 @@ def _told(config: PreTrainedConfig, name: str) -> bool:
         return True
 
 
-def _part(config: PreTrainedConfig, path: tuple[str, ...]) -> Any:
+def config_at(config: PreTrainedConfig, path: tuple[str, ...]) -> Any:
+    """The nested config of a path."""
     part: Any = config
     for name in path:
         part = getattr(part, name)
@@ -123,7 +125,7 @@ def _effect(model: PreTrainedModel, old: Shapes, path: tuple[str, ...], field: s
     """Parameters whose shape follows the field; None where the model with it cannot be built or is another model."""
     try:
         config = copy.deepcopy(model.config)
-        setattr(_part(config, path), field, value)
+        setattr(config_at(config, path), field, value)
         new = shapes_of(built(type(model), config))
     # a config that the class rejects, in whatever way, is no candidate
     except Exception:

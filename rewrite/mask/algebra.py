@@ -166,6 +166,14 @@ class Mask:
 
         return svg(self, queries, keys, head, row)
 
+    def heads(self, count: int) -> range:
+        """Of `count` query heads those that need looking at: all, or the first where they are alike."""
+        return range(count if self.per_head else 1)
+
+    def by_head(self, queries: npt.ArrayLike, keys: npt.ArrayLike, count: int) -> BoolArray:
+        """(heads or 1, ...): `holds` for each of `count` query heads, for one where they are alike."""
+        return np.stack([self.holds(queries, keys, head) for head in self.heads(count)])
+
     def with_origin(self, origin: Origin) -> Mask:
         """The same predicate, hanging on something else."""
         return Mask(self.name, self.keep, origin, self.tables)

@@ -20,6 +20,7 @@ from rewrite.emit.validate import cache_bytes, differs_in_logits, greedy, relati
 from rewrite.heads import Rewritten
 from rewrite.layout import gather
 from rewrite.site import Site
+from tests.contract.exported import run_exported
 from tests.zoo import BY_NAME
 
 Made = tuple[PreTrainedModel, dict[str, Any], Emitted]
@@ -141,12 +142,8 @@ def test_copies_train_and_export() -> None:
     assert len(own) >= 3 * model.config.num_hidden_layers
     assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in own if p.numel())
     twin.eval()
-    tokens = torch.export.Dim("tokens", min=2, max=32)
-    text = {n: v for n, v in given.items() if isinstance(v, torch.Tensor)}
-    shapes = {n: {1: tokens} for n in text} | {"use_cache": None}
-    exported = torch.export.export(twin, (), {**text, "use_cache": False}, dynamic_shapes=shapes, strict=False)
-    longer = {n: torch.cat([v, v], 1)[:, :13] for n, v in text.items()}
-    assert relative(twin(**longer).logits, exported.module()(**longer, use_cache=False).logits) <= 1e-5
+    expected, exported = run_exported(twin, given)
+    assert relative(expected, exported) <= 1e-5
 
 
 @pytest.mark.parametrize("form", ["absorbed", "rebuilt"])

@@ -22,6 +22,7 @@ from rewrite.heads import Rewritten
 from rewrite.layout import gather
 from rewrite.mask import causal, neighbourhood, streaming, window
 from rewrite.site import Site
+from tests.contract.exported import run_exported
 from tests.zoo import BY_NAME
 
 Made = tuple[PreTrainedModel, dict[str, Any], Emitted, dict[str, tuple[Site, Rewritten]]]
@@ -171,12 +172,8 @@ def test_copies_train_export_and_compile() -> None:
     twin(**given, labels=given["input_ids"]).loss.backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in twin.parameters())
     twin.eval()
-    tokens = torch.export.Dim("tokens", min=2, max=32)
-    text = {n: v for n, v in given.items() if isinstance(v, torch.Tensor)}
-    shapes = {n: {1: tokens} for n in text} | {"use_cache": None}
-    exported = torch.export.export(twin, (), {**text, "use_cache": False}, dynamic_shapes=shapes, strict=False)
-    longer = {n: torch.cat([v, v], 1)[:, :13] for n, v in text.items()}
-    assert relative(twin(**longer).logits, exported.module()(**longer, use_cache=False).logits) <= 1e-5
+    expected, exported = run_exported(twin, given)
+    assert relative(expected, exported) <= 1e-5
     torch._dynamo.reset()
     compiled: Any = torch.compile(twin, fullgraph=True, backend="eager")
     assert relative(twin(given["input_ids"]).logits, compiled(given["input_ids"], use_cache=False).logits) <= 1e-5
