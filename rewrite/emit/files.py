@@ -9,12 +9,13 @@ import inspect
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, conversion_mapping
 from transformers.models.auto import modeling_auto
 
 from rewrite.emit import runtime
@@ -33,19 +34,39 @@ class Reattn{name}({name}):
         super().__init__(config, *args, **kwargs)
         install(self, config.reattn, {prefix!r})
 '''
+RENAMING = "register_checkpoint_conversion_mapping", "get_checkpoint_conversion_mapping"
+RENAMED = """
+
+# files name tensors otherwise than the class does, and of a class that is not its own the library does not know how
+{}("Reattn{{name}}", {}({{renamed!r}}), overwrite=True)
+""".format(*RENAMING)
 
 
-def text_for(classes: Sequence[tuple[type[PreTrainedModel], str]]) -> str:
+@dataclass(frozen=True)
+class Named:
+    """A class that a folder can name, the prefix that the recipe's paths have in the full model, and under which name
+    transformers keeps how files name its tensors, where that has to be said anew."""
+
+    kind: type[PreTrainedModel]
+    prefix: str = ""
+    renamed: str | None = None
+
+
+def text_for(classes: Sequence[Named]) -> str:
     """The file's text: it imports torch, transformers and what the model's own class was imported from."""
-    imports = {_import(kind) for kind, _ in classes}
+    imports = {_import(named.kind) for named in classes}
+    renamed = [named for named in classes if named.renamed is not None]
+    if renamed:
+        imports.add(f"from {conversion_mapping.__name__} import {', '.join(sorted(RENAMING))}")
     bodies: list[str] = []
     for part in runtime.PARTS:
-        named, body = _taken_apart(inspect.getsource(part))
-        imports |= named
+        outside, body = _taken_apart(inspect.getsource(part))
+        imports |= outside
         bodies.append(body)
     head = [HEAD, "from __future__ import annotations\n", "\n".join(sorted(imports, key=_order))]
     text = "\n".join(head) + "\n\n\n" + "\n\n\n".join(bodies) + "\n"
-    return text + "".join(CLASS.format(name=kind.__name__, prefix=prefix) for kind, prefix in classes)
+    text += "".join(CLASS.format(name=named.kind.__name__, prefix=named.prefix) for named in classes)
+    return text + "".join(RENAMED.format(name=named.kind.__name__, renamed=named.renamed) for named in renamed)
 
 
 def _taken_apart(source: str) -> tuple[set[str], str]:
@@ -62,13 +83,13 @@ def _order(line: str) -> tuple[bool, str]:
     return line.split()[1].split(".")[0] not in sys.stdlib_module_names, line
 
 
-def _classes(model: PreTrainedModel, recipe: dict[str, Any]) -> list[tuple[type[PreTrainedModel], str]]:
-    """The model's class, and its base model's with the prefix that the recipe's paths have in the full model."""
-    found: list[tuple[type[PreTrainedModel], str]] = [(type(model), "")]
+def _classes(model: PreTrainedModel, recipe: dict[str, Any]) -> list[Named]:
+    """The model's class and its base model's; or the class that `AutoModel` builds, where it has all that changed."""
+    found = [Named(type(model))]
     base: Any = model.base_model
     if base is not model and isinstance(base, PreTrainedModel):
         path = next(n for n, m in model.named_modules() if m is base)
-        return [*found, (type(base), f"{path}.")]
+        return [*found, Named(type(base), f"{path}.", _renamed(base))]
     kind: Any = modeling_auto.MODEL_MAPPING.get(type(model.config), None)
     if (
         isinstance(kind, type)
@@ -76,8 +97,19 @@ def _classes(model: PreTrainedModel, recipe: dict[str, Any]) -> list[tuple[type[
         and kind is not type(model)
         and _has_all(kind, model, recipe)
     ):
-        found.append((kind, ""))
+        found.append(Named(kind))
     return found
+
+
+def _renamed(base: PreTrainedModel) -> str | None:
+    """Under which name transformers keeps how files name the tensors of a base model, where it keeps that at all and
+    does not find it at a model of the same type inside."""
+    kind = base.config.model_type
+    inside = (m for m in base.modules() if isinstance(m, PreTrainedModel) and m is not base)
+    if any(m.config.model_type == kind for m in inside):
+        return None
+    names = (type(base).__name__, kind)
+    return next((n for n in names if conversion_mapping.get_checkpoint_conversion_mapping(n)), None)
 
 
 def _has_all(kind: type[PreTrainedModel], model: PreTrainedModel, recipe: dict[str, Any]) -> bool:
@@ -131,9 +163,9 @@ def dress(model: PreTrainedModel, recipe: dict[str, Any]) -> None:
     classes = _classes(model, recipe)
     module = loaded(text_for(classes))
     auto_map: dict[str, str] = {}
-    for kind, prefix in reversed(classes):
-        made = getattr(module, f"Reattn{kind.__name__}")
-        names = auto_classes(kind, model.config) or (["AutoModel"] if prefix else [])
+    for named in reversed(classes):
+        made = getattr(module, f"Reattn{named.kind.__name__}")
+        names = auto_classes(named.kind, model.config) or (["AutoModel"] if named.prefix else [])
         auto_map |= dict.fromkeys(names, f"modeling_reattn.{made.__name__}")
     kind: Any = getattr(module, f"Reattn{type(model).__name__}")
     main = auto_classes(type(model), model.config)

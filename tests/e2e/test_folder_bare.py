@@ -48,6 +48,7 @@ LATENT = (
     ("bloom-eager", MLA(cache=0.5)),
     ("bart-sdpa", MLA(cache=0.5)),
     ("youtu-sdpa", MLA(cache=0.5)),
+    ("mixtral-sdpa", MLA(cache=0.5)),
 )
 SPARSE = (("llama-gqa-sdpa", MIXED), ("gpt2-sdpa", NARROW), ("gpt_oss-eager", NARROW), ("bart-sdpa", NARROW))
 
