@@ -3,7 +3,7 @@
     python -m bench.scale --gb 16 --at FOLDER --write
 
 Writes a sharded bfloat16 checkpoint of random weights, as many layers as fit into --gb, converts it with GQA and with
-MLA under --memory while the child's memory is sampled, and times a copy of the same files beside it. Then the GQA run
+MLA under --memory while the child's memory is sampled, and times a copy of the same files beside it. Then the last one
 again, killed with SIGKILL at three random moments and resumed: every file must be the same.
 """
 

@@ -14,6 +14,7 @@ from rewrite.emit.choose import padded
 from rewrite.emit.deepseek import Layout, filled
 from rewrite.emit.large import Large, Proven
 from rewrite.emit.stock import fields
+from rewrite.emit.twin import share_alike
 from rewrite.emit.validate import differs_in_logits
 from rewrite.errors import Refused
 from rewrite.program import Program
@@ -64,6 +65,7 @@ def _proven(short: Program, pairs: Pairs, kind: dict[str, str]) -> Proven:
             "leave --memory away, where the model fits into memory",
         )
     emitted = emit_changes(short.module, near, short, "own")  # pyright: ignore[reportArgumentType]
+    share_alike(emitted.model, short.module)  # pyright: ignore[reportArgumentType]
     return Proven(short.module, short.kwargs, emitted, near, kind)  # pyright: ignore[reportArgumentType]
 
 
@@ -89,6 +91,6 @@ def _stock(
     chosen = stock_layout(program.module, pairs, how)  # pyright: ignore[reportArgumentType]
     if isinstance(chosen, str):
         return chosen
-    made = filled(short.module, proven.near, chosen.sizes)  # pyright: ignore[reportArgumentType]
+    made = filled(short.module, proven.near, chosen.sizes, share=True)  # pyright: ignore[reportArgumentType]
     problem = made if isinstance(made, str) else differs_in_logits(proven.emitted.model, made, padded(short.kwargs))
     return chosen if problem is None else problem

@@ -53,7 +53,7 @@ ROOM = 4
 """This part of the limit is for weights that are kept while batches are calibrated one after the other."""
 WAITING = 8
 """Bytes on disk at most for every number of a converted site, until the output is written."""
-SHORT = 15
+SHORT = 16
 """Bytes for every number of the model cut short, as measured at the width of Llama 3 8B: itself, its copies in another
 form, and what runs hold."""
 

@@ -96,11 +96,12 @@ def layout(model: PreTrainedModel, changes: Changes, *, engines: bool) -> Layout
     return problem if problem is not None else Layout(sizes, config, _notes(model, found, sizes))
 
 
-def filled(model: PreTrainedModel, changes: Changes, sizes: Sizes) -> PreTrainedModel | str:
-    """The stock model in float32, or the sentence on what its layers compute otherwise than those of `model`."""
+def filled(model: PreTrainedModel, changes: Changes, sizes: Sizes, *, share: bool = False) -> PreTrainedModel | str:
+    """The stock model in float32, or the sentence on what its layers compute otherwise than those of `model`; with
+    `share` the tensors that are alike are the original's own, for reading only."""
     source = in_float(model)
     layers = {layer_of(site) or "": (site, new) for site, new in changes.values()}
-    made = _filled(source, _config(model, changes, sizes), layers, sizes)
+    made = _filled(source, _config(model, changes, sizes), layers, sizes, share)
     problem = _differs(source, made, layers, sizes)
     return made if problem is None else problem
 
@@ -192,7 +193,9 @@ def _misfit(model: PreTrainedModel, config: DeepseekV3Config, changes: Changes) 
     return None
 
 
-def _filled(source: PreTrainedModel, config: DeepseekV3Config, layers: Changes, sizes: Sizes) -> PreTrainedModel:
+def _filled(
+    source: PreTrainedModel, config: DeepseekV3Config, layers: Changes, sizes: Sizes, share: bool
+) -> PreTrainedModel:
     """The class with its tensors; what writes to the residual stream is scaled with it."""
     with no_init_weights(), source.device:
         made: PreTrainedModel = DeepseekV3ForCausalLM(config)
@@ -201,7 +204,10 @@ def _filled(source: PreTrainedModel, config: DeepseekV3Config, layers: Changes, 
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             value = edits[name] if name in edits else values[name].detach()
-            parameter.copy_(value * sizes.residual if scaled(name) else value)
+            if share and name not in edits and not scaled(name):
+                parameter.data = value
+            else:
+                parameter.copy_(value * sizes.residual if scaled(name) else value)
     made.train(source.training)
     made.generation_config = copy.deepcopy(source.generation_config)
     return made
@@ -236,6 +242,7 @@ def _differs(source: PreTrainedModel, made: PreTrainedModel, layers: Changes, si
     ids = (torch.arange(24) * 7919 % vocabulary).view(2, 12).to(source.device)
     with torch.no_grad():
         expected = twin(source, edits, share=True).eval()(input_ids=ids).logits
+        edits.clear()  # as large as the attention: room for the other model's
         changed = {layer: (site, probed[layer]) for layer, (site, _) in layers.items()}
         found = twin(made, _edits(changed, sizes), share=True).eval()(input_ids=ids).logits
     error = relative(expected.cpu(), found.cpu())

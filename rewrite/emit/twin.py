@@ -38,6 +38,14 @@ def twin(model: PreTrainedModel, edits: Mapping[str, Tensor], *, share: bool) ->
     return made
 
 
+def share_alike(made: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Let `made` have the tensors of `model` itself wherever they are the same, for reading only."""
+    old = table(model)
+    for name, value in table(made).items():
+        if name in old and value is not old[name] and value.dtype == old[name].dtype and torch.equal(value, old[name]):
+            value.data = old[name].data
+
+
 def in_float(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself where its parameters are float32 or wider, else a float32 copy: emissions are compared there."""
     if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()):
