@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from passes import Target
 from passes.asked import Asked, Inputs
@@ -239,7 +240,9 @@ class _Done:
 
 def _run(asked: Asked, module: nn.Module, tell: Tell) -> _Done:
     """The pipeline, once."""
-    program = capture(module, asked.inputs)
+    # the dynamic graph is what calibration runs and what a plain module becomes; it takes longer than all else here
+    moving = asked.calibration is not None or not isinstance(module, PreTrainedModel)
+    program = capture(module, asked.inputs, dynamic=moving)
     found = find(program.static)
     planned = asked.plan(module, program, found)
     require(planned)

@@ -71,7 +71,8 @@ class Log:
         return next(iter(self.slots)) if len(self.slots) == 1 else None
 
     def refusal(self, seen: object, without: str) -> str | None:
-        """Why the module cannot be given another cache or kernel; `without` is what it means that nothing was `seen`."""
+        """Why the module cannot be given another cache or kernel; `without` says what it means that nothing was
+        `seen`."""
         if not self.called:
             return "not called by the example"
         if not seen:
@@ -186,8 +187,8 @@ def _shapes_into(shapes: list[tuple[int, ...]]) -> Any:
 
 @contextmanager
 def handed(modules: Iterable[nn.Module], name: str, run: Callable[..., Any]) -> Generator[None]:
-    """For a while the configs of modules that ask for their kernel by name ask for `name`, and `run(config, module, ...)`
-    is what they get, told the config that they had."""
+    """For a while the configs of modules that ask for their kernel by name ask for `name`, and
+    `run(config, module, ...)` is what they get, told the config that they had."""
     before: dict[nn.Module, Any] = {}
 
     def called(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from rewrite import convert
 from rewrite.capture import capture
 from rewrite.layout import expanded
 from tests.zoo import BY_NAME, ENTRIES
+from tests.zoo.captured import captured
 
 SPELLINGS = [e.name for e in ENTRIES if e.family == "hand-written"]
 LIBRARY = ["qwen3-gqa-eager", "gemma2-eager", "bloom-eager", "gpt_oss-eager", "t5-eager", "whisper-eager", "bert-sdpa",
@@ -46,10 +47,8 @@ def test_all_heads_kept_changes_no_output(name: str):
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_a_graph_computes_what_was_rewritten(name: str):
     """At all heads the original; at fewer the original with the merged heads' weights in every place of the old."""
-    model, inputs = BY_NAME[name].build()
-    program = capture(model, inputs)
-    found, tensors, shared = find(program.static), named_tensors(model), {}
-    shared = barred(found)
+    model, inputs, program, found = captured(name)
+    tensors, shared = named_tensors(model), barred(found)
     sites = {s.name: s for s in found.sites if s.name not in shared}
     if not sites:
         assert all("is also read by" in why for why in shared.values())

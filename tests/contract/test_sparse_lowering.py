@@ -13,7 +13,7 @@ from passes.sparse import BlockSparse
 from rewrite.capture import capture
 from rewrite.mask import Mask, causal, sink, streaming, window
 from tests.contract.test_limits import apart, main_output
-from tests.zoo import BY_NAME
+from tests.zoo.captured import captured
 
 SPELLED = {
     "NanoGPT": SCORES,
@@ -38,9 +38,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", SPELLED)
 def test_its_own_mask_changes_nothing(name: str):
-    model, inputs = BY_NAME[name].build()
-    program = capture(model, inputs)
-    found, tensors = find(program.static), named_tensors(model)
+    model, inputs, program, found = captured(name)
+    tensors = named_tensors(model)
     targets = {s.name: BlockSparse(s.mask) for s in found.sites if s.name not in barred(found)}
     assert all(targets[s.name].refuse(s) is None for s in found.sites if s.name in targets)
     changes = convert_sites(program, found, targets, None, lambda _name, _done, _total: None)
@@ -53,9 +52,7 @@ def test_its_own_mask_changes_nothing(name: str):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_core_that_takes_no_mask_is_refused(name: str):
-    model, inputs = BY_NAME[name].build()
-    program = capture(model, inputs)
-    found = find(program.static)
+    _, _, program, found = captured(name)
     targets = {s.name: BlockSparse(window=2) for s in found.sites}
     changes = convert_sites(program, found, targets, None, lambda _name, _done, _total: None)
     told = backends(program.static, {n: (c.site, c.rewritten) for n, c in changes.items()})
@@ -96,14 +93,14 @@ def test_a_token_moves_what_may_read_it(mask: Mask, fused: bool):
     """Each head alone, by an output projection that reads only it, at a length that was not captured."""
     torch.manual_seed(0)
     model = Attention(fused).eval()
+    program = capture(model, (torch.randn(2, 9, HEADS * DIM),))
+    found = find(program.static)
+    targets = {s.name: BlockSparse(mask) for s in found.sites}
     for head in range(HEADS):
         with torch.no_grad():
             model.o.weight.zero_()
             part = slice(head * DIM, head * DIM + DIM)
             model.o.weight[part, part] = torch.eye(DIM)
-        program = capture(model, (torch.randn(2, 9, HEADS * DIM),))
-        found = find(program.static)
-        targets = {s.name: BlockSparse(mask) for s in found.sites}
         changes = convert_sites(program, found, targets, None, lambda _name, _done, _total: None)
         pairs = {n: (c.site, c.rewritten) for n, c in changes.items()}
         graph = lower(program.dynamic or program.static, pairs, named_tensors(model))

@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 import rewrite.api as api
 from rewrite.cli import main
 from rewrite.errors import Refused
-
-ROOT = Path(__file__).parents[2]
+from tests.dying import die
 
 
 @dataclass(frozen=True)
@@ -241,40 +236,20 @@ def test_no_attention(golden):
     golden(re.sub(r"\d+ nodes", "N nodes", str(caught.value)))
 
 
-DYING = """
-import os, signal, sys
-import rewrite.{module} as there
-
-def die(*_args, **_kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-there.{function} = die
-from rewrite.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def command(place: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-c", script, *words],
-        cwd=place, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def undisturbed(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the command leaves when nothing happens to it."""
     there = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(saved, there, dirs_exist_ok=True)
-    done = command(there, "import sys; from rewrite.cli import main; sys.exit(main(sys.argv[1:]))", *UNCHECKED)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(there)
+        assert main(UNCHECKED) == 0
     return contents(there / "out")
 
 
 @pytest.mark.parametrize(
     ("module", "function", "renamed"),
-    [("save", "write_card", False), ("folder", "sync", False), ("folder", "_remove", True)],
+    [("rewrite.save", "write_card", False), ("rewrite.folder", "sync", False), ("rewrite.folder", "_remove", True)],
     ids=["half-written", "not-synced", "after-the-rename"],
 )
 def test_killed_in_the_middle(
@@ -282,8 +257,7 @@ def test_killed_in_the_middle(
 ):
     """kill -9, and then the same command again."""
     before = contents(place / "model")
-    died = command(place, DYING.format(module=module, function=function), *UNCHECKED)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    die(UNCHECKED, module, function, 0, place)
     assert contents(place / "model") == before
     assert (place / "out").exists() == renamed
     if not renamed:

@@ -1,5 +1,7 @@
 """The shipped models, converted on text and written: what loads them afterwards, without this project, agrees."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,10 +33,26 @@ def converted(kind: str, out: Path, target: GQA) -> torch.nn.Module:
     )
 
 
+Written = Callable[[str], tuple[torch.nn.Module, Path]]
+TARGETS = {"llama": GQA(3, polish=1), "qwen3": GQA(3, polish=0), "gpt2": GQA(3, polish=0)}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """`written(kind)` converts to `TARGETS[kind]` once in this file's tests: the model, and the folder to be read."""
+    top = tmp_path_factory.mktemp("written")
+
+    @cache
+    def make(kind: str) -> tuple[torch.nn.Module, Path]:
+        return converted(kind, top / kind, TARGETS[kind]), top / kind
+
+    return make
+
+
 @pytest.mark.parametrize(("kind", "own"), [("llama", False), ("qwen3", False), ("gpt2", True)])
-def test_a_folder_loads_where_reattn_is_not(kind: str, own: bool, tmp_path: Path):
-    made = converted(kind, tmp_path / "out", GQA(3, polish=0))
-    done = bare.run(CHILD, str(tmp_path / "out"), "own" if own else "stock", str(tmp_path / "result.pt"))
+def test_a_folder_loads_where_reattn_is_not(kind: str, own: bool, written: Written, tmp_path: Path):
+    made, folder = written(kind)
+    done = bare.run(CHILD, str(folder), "own" if own else "stock", str(tmp_path / "result.pt"))
     assert done.returncode == 0, done.stderr
     assert "torch.bfloat16" in done.stdout
     assert ("Reattn" in done.stdout) == own
@@ -47,10 +65,9 @@ def test_a_folder_loads_where_reattn_is_not(kind: str, own: bool, tmp_path: Path
     assert 2 * found["held"] == cache_bytes(source.generate(ids, **settings).past_key_values)
 
 
-def test_equal_runs_leave_equal_bytes(tmp_path: Path):
-    for name in ("one", "two"):
-        converted("llama", tmp_path / name, GQA(2, polish=1))
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
+def test_equal_runs_leave_equal_bytes(written: Written, tmp_path: Path):
+    converted("llama", tmp_path / "again", TARGETS["llama"])
+    one, two = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (written("llama")[1], tmp_path / "again"))
     assert set(one) == set(two) >= {"model.safetensors", "config.json", "reattn.toml", "report.json", "README.md"}
     assert [n for n in one if one[n] != two[n]] == []
 

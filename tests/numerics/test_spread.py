@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from passes import Target
 from passes.convert import Change, convert_sites
-from passes.find import find
+from passes.find import Found, find
 from passes.knapsack import between, spread
 from passes.mla import MLA
 from passes.mla_shape import budget, lossless, sizes
@@ -19,6 +20,7 @@ from passes.spread import open_shares, settled, words
 from rewrite import convert, plan
 from rewrite.capture import capture
 from rewrite.emit.validate import cache_bytes
+from rewrite.program import Program
 
 EASY = 1
 """The layer whose keys and values come from two numbers of a token."""
@@ -42,9 +44,15 @@ def text(windows: int = 24, seed: int = 1) -> Tensor:
     return torch.randint(0, 61, (windows, 24), generator=torch.Generator().manual_seed(seed))
 
 
-def changed(source: Any, targets: dict[str, Target] | Target, rows: Tensor) -> dict[str, Change]:
-    program = capture(source, None)
-    found = find(program.static)
+@cache
+def traced() -> tuple[Program, Found]:
+    """The model's graphs and its sites, for all tests here."""
+    program = capture(model(), None)
+    return program, find(program.static)
+
+
+def changed(targets: dict[str, Target] | Target, rows: Tensor) -> dict[str, Change]:
+    program, found = traced()
     each = targets if isinstance(targets, dict) else dict.fromkeys([s.name for s in found.sites], targets)
     batches = [{"input_ids": part} for part in rows.split(12)]
     return convert_sites(program, found, each, batches, lambda *_: None, measure=False)
@@ -76,18 +84,17 @@ def test_a_spread_is_no_worse_than_even_shares(seed: int) -> None:
 
 
 def test_a_layer_that_needs_nothing_gets_little() -> None:
-    got = held(changed(model(), MLA(cache=0.25, polish=0), text()))
+    got = held(changed(MLA(cache=0.25, polish=0), text()))
     assert sum(got) == 36
     assert got[EASY] <= 6
     assert min(got[0], got[2]) > 12
 
 
 def test_sizes_that_were_given_stay() -> None:
-    source = model()
-    sites = find(capture(source, None).static).sites
+    sites = traced()[1].sites
     given = MLA(cache=(0.25, 0.125, 0.25), polish=0)
     targets: dict[str, Target] = {s.name: given.for_site(i, 3) for i, s in enumerate(sites)}
-    assert held(changed(source, targets, text(12))) == [12, 6, 12]
+    assert held(changed(targets, text(12))) == [12, 6, 12]
     for target in (MLA(rank=8), MLA(keep=0.9), MLA(cache=0.25, spread=False), MLA(cache=0.25, even=True)):
         assert open_shares(sites, dict.fromkeys(targets, target)) == {}
     # half the cache is all that a model without rotation has, so nothing is left to share out
@@ -96,7 +103,7 @@ def test_sizes_that_were_given_stay() -> None:
 
 
 def test_every_size_comes_back() -> None:
-    site = find(capture(model(), None).static).sites[0]
+    site = traced()[1].sites[0]
     for size in range(2, lossless(site, False).total + 1):
         made = settled([site], {site.name: MLA(cache=0.25)}, {site.name: size})[site.name]
         assert isinstance(made, MLA)
@@ -106,7 +113,7 @@ def test_every_size_comes_back() -> None:
 
 
 def test_the_plan_says_how_a_total_is_shared_out() -> None:
-    sites = find(capture(model(), None).static).sites
+    sites = traced()[1].sites
     targets: dict[str, Target] = {s.name: MLA(cache=0.25) for s in sites}
     assert words(sites, targets).startswith("36 numbers a token in all, spread over 3 sites by what each loses")
     assert "one rank for all layers" in words(sites, targets, alike=True)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,14 @@ def llama() -> Any:
     return tiny.settled(transformers.LlamaConfig(**KV), "LlamaForCausalLM")
 
 
+@cache
 def latent(form: Any = "absorbed") -> Any:
     return convert(llama(), MLA(cache=0.75, form=form), check=False, emit="own")
+
+
+@cache
+def sparse(window: int, sink: int) -> Any:
+    return convert(llama(), BlockSparse(window=window, sink=sink), check=False)
 
 
 def torch_text(model: Any, new: int) -> np.ndarray[Any, Any]:
@@ -65,8 +72,8 @@ FORMS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "contrib": (llama, {"form": "contrib"}),
     "latent": (latent, {"form": "shared"}),
     "rebuilt.onnx": (lambda: latent("rebuilt"), {}),
-    "sink.onnx": (lambda: convert(llama(), BlockSparse(window=4, sink=2), check=False), {}),
-    "window.onnx": (lambda: convert(llama(), BlockSparse(window=6, sink=0), check=False), {}),
+    "sink.onnx": (lambda: sparse(4, 2), {}),
+    "window.onnx": (lambda: sparse(6, 0), {}),
 }
 
 
@@ -215,7 +222,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "no-cache": (lambda: tiny.bart()[0].get_encoder(), {"form": "shared"}, "this model has none"),
     "latent": (latent, {"form": "contrib"}, "this model caches a latent.*form 'matmul' or 'shared'"),
     "uneven": (uneven, {}, "its heads have 2 masks, of which some drop tokens"),
-    "in-place": (lambda: FORMS["sink.onnx"][0](), {"form": "shared"}, "this cache drops tokens"),
+    "in-place": (lambda: sparse(4, 2), {"form": "shared"}, "this cache drops tokens"),
     "itself": (lambda: convert(tiny.bloom()[0], MLA(cache=0.5), check=False), {}, "the original model can be written"),
 }
 
