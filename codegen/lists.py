@@ -66,17 +66,20 @@ def lists(mask: Mask, over: Over, at: Tiling, tables: Mapping[str, Tensor] | Non
     if over == "q":
         some, every = some.transpose(-1, -2), every.transpose(-1, -2)
     every = every & some & whole
-    return Lists(*_packed(every), *_packed(some & ~every))
+    chosen = every, some & ~every
+    counts = [x.sum(-1, dtype=torch.int32) for x in chosen]
+    # the host waits for these two numbers, and sees nothing else of the lists
+    widths = torch.stack([n.amax() for n in counts]).tolist() if counts[0].numel() else [0, 0]
+    full, masked = (packed(x, most) for x, most in zip(chosen, widths, strict=True))
+    return Lists(counts[0], full, counts[1], masked)
 
 
-def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts, and indices of what is true moved to the front, by one running sum."""
-    counts = chosen.sum(-1, dtype=torch.int32)
-    most = int(counts.max()) if counts.numel() else 0
+def packed(chosen: Tensor, most: int) -> Tensor:
+    """(..., most) int32: places of what is true in order, `most` of them at the most; then zeros."""
     place = torch.where(chosen, chosen.cumsum(-1) - 1, most)
     index = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device).expand_as(place)
     found = torch.zeros(*chosen.shape[:-1], most + 1, dtype=torch.int32, device=chosen.device)
-    return counts, found.scatter_(-1, place, index)[..., :most].contiguous()
+    return found.scatter_(-1, place, index)[..., :most].contiguous()
 
 
 def tiles(mask: Mask, at: Tiling, tables: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -196,15 +199,34 @@ class _View:
         if any(s is None for s in spans):
             raise ValueError(f"{entry} is read at an index that is no integer expression of positions")
         ends = [self.values([s.low, s.high]) for s in spans if s is not None]
-        sizes = self.tables[str(entry.args[0])].shape
-        ends = [[e.clamp(0, n - 1) for e in pair] for pair, n in zip(ends, sizes, strict=True)]
-        steps = [range(int((high - low).max()) + 1) for low, high in ends]
+        table = self.tables[str(entry.args[0])]
+        ends = [[e.clamp(0, n - 1) for e in pair] for pair, n in zip(ends, table.shape, strict=True)]
+        widths = [int((high - low).max()) + 1 for low, high in ends]
+        widest = widths.index(max(widths))
+        least, largest = _doubled(table, widest, widths[widest])
+        low, high = ends[widest]
+        level = self._tensor(0) + sum((high - low + 1 >= 2**j).long() for j in range(1, len(least)))
+        places = (low,) if len(least) == 1 else (low, high + 1 - 2**level)  # two runs that overlap cover any span
         found: list[Tensor] = []
-        for step in itertools.product(*steps):
-            index = [torch.minimum(low + i, high) for (low, high), i in zip(ends, step, strict=True)]
-            entries = self._load(str(entry.args[0]), *index)
-            found = [torch.minimum(found[0], entries), torch.maximum(found[1], entries)] if found else [entries] * 2
-        return found[0], found[1]
+        for step in itertools.product(*(range(1 if axis == widest else n) for axis, n in enumerate(widths))):
+            index = [torch.minimum(first + i, last) for (first, last), i in zip(ends, step, strict=True)]
+            for place in places:
+                at = torch.broadcast_tensors(level, *index[:widest], place, *index[widest + 1 :])
+                entries = [least[at], largest[at]]
+                found = [torch.minimum(found[0], entries[0]), torch.maximum(found[1], entries[1])] if found else entries
+        return found[0].long(), found[1].long()
+
+
+def _doubled(table: Tensor, axis: int, width: int) -> tuple[Tensor, Tensor]:
+    """(levels, *table): the least and the largest of the 2^level entries from each place on along an axis, with as many
+    levels as runs up to `width` ask for. So a span of any width is two looks, after work in proportion to the table."""
+    least, largest = [table], [table]
+    count, places = table.shape[axis], torch.arange(table.shape[axis], device=table.device)
+    for level in range(max(1, width).bit_length() - 1):
+        later = (places + 2**level).clamp(max=count - 1)
+        least.append(torch.minimum(least[-1], least[-1].index_select(axis, later)))
+        largest.append(torch.maximum(largest[-1], largest[-1].index_select(axis, later)))
+    return torch.stack(least), torch.stack(largest)
 
 
 def _least(a: Any, b: Any) -> Any:

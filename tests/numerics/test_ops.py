@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 from codegen import ops, oracle
 from codegen.options import Options
+from codegen.select import Antidiagonal
 from rewrite import Alibi, attention
 from rewrite.mask import Mask, all_, causal, documents, mask, sink, streaming, window
 
@@ -71,6 +72,34 @@ def test_one_graph_serves_all_lengths(options: dict[str, Any]) -> None:
     for queries, keys in ((7, 9), (12, 30), (13, 50)):
         given = tensors(queries, keys)
         torch.testing.assert_close(compiled(*given), model(*given))
+    assert len(graphs) == 1
+
+
+def test_a_selection_in_a_compiled_model() -> None:
+    """Tables are arguments of the graph: what is chosen for other tokens is read by the same one."""
+    rule = Antidiagonal(0.6, 16, 4)
+
+    def model(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return attention(q, k, v, algebra, tables={"block": table})
+
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (80, 96):
+        q, k, v = tensors(tokens, tokens)
+        found = rule(4 * q, k)
+        algebra, table = found.selection.algebra, found.selection.tables["block"]
+        wanted = torch.autograd.grad(attention(q, k, v, found.mask()).sin().sum(), (q, k, v))
+        for each in (model, compiled):
+            got = torch.autograd.grad(each(q, k, v, table).sin().sum(), (q, k, v))
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b)
+        assert 0 < found.density < 1
     assert len(graphs) == 1
 
 
