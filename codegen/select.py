@@ -34,6 +34,11 @@ class Selection:
     algebra: Mask
     tables: Mapping[str, Tensor]
 
+    @property
+    def selection(self) -> Selection:
+        """Itself, as blocks have one."""
+        return self
+
     def mask(self) -> Mask:
         """The mask with its tables on the host, which waits for the device: to look at, to keep, to draw."""
         numbers = {name: table.to(torch.int8).cpu().numpy() for name, table in self.tables.items()}

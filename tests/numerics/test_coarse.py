@@ -12,45 +12,20 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from codegen import chip, coarse, coarse_launch, launch, oracle
+from bench.coarse_cases import SCORED, Scored, drawn, errors, off
+from codegen import chip, coarse_launch, launch, oracle
 from codegen.options import Options
-from codegen.select import Antidiagonal, Blocks, Pooled, VerticalSlash
+from codegen.select import Antidiagonal, Pooled, VerticalSlash
 from codegen.spec import KernelSpec
 from codegen.triton import arguments, source
 
 ROOT = Path(__file__).parents[2]
-CLOSE = 1e-5
-"""Sums of up to a few dozen probabilities, whose logits are float32 sums: 4e-6 at the most where all is well."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """Heads of queries and keys, tokens of both, a head's dim, and blocks of groups."""
-
-    dtype: torch.dtype
-    heads: tuple[int, int]
-    tokens: tuple[int, int]
-    dim: int
-    block: int
-    stride: int
-
-
-SCORED = (
-    Case(torch.float32, (4, 2), (200, 200), 64, 32, 8),
-    Case(torch.float16, (3, 1), (130, 194), 40, 64, 4),
-    Case(torch.bfloat16, (2, 2), (70, 70), 72, 16, 16),
-    Case(torch.float16, (4, 4), (40, 168), 96, 128, 16),
-    Case(torch.float32, (2, 1), (41, 33), 16, 8, 1),
-    Case(torch.bfloat16, (2, 1), (650, 650), 16, 48, 3),
-)
 RULES = (Antidiagonal(0.7, 32, 8), Pooled(share=0.4, block=32), VerticalSlash(20, 30, 50, 8))
 COMPILED: tuple[KernelSpec, ...] = tuple(
     KernelSpec(phase, dtype, dim, dim, group=group, tiles=(128, 128), block=block, stride=stride)
@@ -64,13 +39,6 @@ COMPILED: tuple[KernelSpec, ...] = tuple(
 )
 
 
-def drawn(heads: int, tokens: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """(2, heads, tokens, dim) as a slice of what holds NaN."""
-    room = torch.full((2, tokens + 2, heads, dim), torch.nan, dtype=dtype)
-    room[:, 1:-1] = torch.randn(2, tokens, heads, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return room[:, 1:-1].transpose(1, 2)
-
-
 def told(task: str, **env: str) -> Any:
     """What another process says: `interpreted` or `compiled` of this file."""
     plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -81,21 +49,24 @@ def told(task: str, **env: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     return told("interpreted", TRITON_INTERPRET="1", REATTN_CACHE=str(tmp_path_factory.mktemp("kernels")))
 
 
-@pytest.mark.parametrize("what", ["antidiagonal", "last rows", "pooled", "columns", "diagonals"])
-def test_scores_are_those_of_torch(interpreted: dict[str, float], what: str) -> None:
-    errors = {case: e for case, e in interpreted.items() if case.startswith(what)}
-    assert len(errors) == (len(SCORED) if what != "last rows" else 5)
-    assert all(e <= CLOSE for e in errors.values()), errors
+@pytest.mark.parametrize("case", SCORED, ids=str)
+def test_scores_are_those_of_torch(interpreted: dict[str, dict[str, float]], case: Scored) -> None:
+    found = interpreted[str(case)]
+    assert set(found) == {"antidiagonal", "last row", "pooled", "columns", "diagonals"}
+    assert all(e <= 1 for e in found.values()), found
 
 
-def test_rules_choose_what_they_choose_in_torch_and_kernels_read_it(interpreted: dict[str, float]) -> None:
-    for rule in RULES:
-        assert interpreted[f"chosen otherwise {rule}"] == 0
-        assert all(interpreted[f"{name} {rule}"] < 1e-5 for name in "oqkv"), rule
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rules_choose_what_they_choose_in_torch_and_kernels_read_it(
+    interpreted: dict[str, dict[str, float]], rule: Antidiagonal | Pooled | VerticalSlash
+) -> None:
+    found = interpreted[str(rule)]
+    assert found["chosen otherwise"] == 0
+    assert all(found[name] < 1 for name in "oqkv"), found
 
 
 def test_kernels_for_chips_that_are_not_here(tmp_path: Path) -> None:
@@ -134,52 +105,13 @@ def test_what_kernels_do_not_score_is_left_to_torch() -> None:
     assert "the queries are on meta" in str(coarse_launch.refuse(q, 1.0))
 
 
-def _scored(case: Case) -> dict[str, float]:
-    (heads, kv_heads), (queries, keys) = case.heads, case.tokens
-    q, k = drawn(heads, queries, case.dim, case.dtype, 1), 2 * drawn(kv_heads, keys, case.dim, case.dtype, 2)
-    exact = q.double(), k.double()
-    rows, scale = -(-queries // case.block), case.dim**-0.5
-    told = scale / case.stride, case.block, case.stride
-    want = _real(coarse.antidiagonal(*exact, *told)(0, rows))
-    mine = coarse_launch.antidiagonal(q, k, *told)
-    found = {"antidiagonal": _off(mine(0, rows), want)}
-    if rows > 2:
-        found["last rows"] = _off(mine(2, rows), want[:, :, 2:])
-    pooled = (way.pooled(*x, scale, case.block)(0, rows) for way, x in ((coarse_launch, (q, k)), (coarse, exact)))
-    found["pooled"] = _off(next(pooled), _real(next(pooled)))
-    last = q[:, :, -min(queries, 60) :]
-    for name, a, b in zip(
-        ("columns", "diagonals"),
-        coarse_launch.columns(last, k, scale),
-        coarse.columns(*_reading(last.double(), exact[1]), scale),
-        strict=True,
-    ):
-        found[name] = _off(a, b)
-    return found
-
-
-def _reading(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Without queries that stand before the first key, which torch's softmax gives NaN."""
-    return q[:, :, max(0, q.shape[2] - k.shape[2]) :], k
-
-
-def _real(scores: Tensor) -> Tensor:
-    """Rows that may read nothing hold NaN in torch: 0 in kernels, and nothing of them is chosen."""
-    return scores.nan_to_num(0.0)
-
-
-def _off(mine: Tensor, theirs: Tensor) -> float:
-    assert mine.dtype == torch.float32
-    return float((mine - theirs).abs().amax())
-
-
 def _chosen(rule: Antidiagonal | Pooled | VerticalSlash) -> dict[str, float]:
     """Tables that a rule finds by kernels and in torch, and attention with gradients on the tables as they are."""
     shapes = (4, 100, 32), (2, 196, 32), (2, 196, 32), (4, 100, 32)
-    q, k, v, grad = (drawn(*shape, torch.float32, i)[:1] for i, shape in enumerate(shapes))
+    q, k, v, grad = (drawn(*shape, "fp32", i)[:1] for i, shape in enumerate(shapes))
     k = 2 * k
     found, same = rule(q, k), rule(q.double(), k.double())
-    mine, theirs = (x.selection if isinstance(x, Blocks) else x for x in (found, same))
+    mine, theirs = found.selection, same.selection
     other = sum(int((mine.tables[n] != theirs.tables[n]).sum()) for n in mine.tables)
     options = Options(0.2)
     small = {phase: chip.Config(64, 32, 4, 1) for phase in ("forward", "dq", "dkdv")}
@@ -188,9 +120,8 @@ def _chosen(rule: Antidiagonal | Pooled | VerticalSlash) -> dict[str, float]:
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     want, _ = oracle.attention(*leaves, theirs.mask(), options)
     grads = torch.autograd.grad(want, leaves, grad.double())
-    errors = {"o": _off(o, want.detach())}
-    errors |= {name: _off(backward[name], g) / float(g.abs().amax()) for name, g in zip("qkv", grads, strict=True)}
-    return {"chosen otherwise": other, **errors}
+    wrong = {name: off(backward[name], g) for name, g in zip("qkv", grads, strict=True)}
+    return {"chosen otherwise": other, "o": off(o, want.detach()), **wrong}
 
 
 def _compiled() -> dict[str, dict[str, Any]]:
@@ -218,8 +149,8 @@ def main(task: str) -> None:
         print(json.dumps(_compiled()))
         return
     torch.use_deterministic_algorithms(True)
-    found = {f"{name} {case}": e for case in SCORED for name, e in _scored(case).items()}
-    print(json.dumps(found | {f"{name} {rule}": e for rule in RULES for name, e in _chosen(rule).items()}))
+    found = {str(case): errors(case) for case in SCORED}
+    print(json.dumps(found | {str(rule): _chosen(rule) for rule in RULES}))
 
 
 if __name__ == "__main__":
