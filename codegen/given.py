@@ -15,9 +15,8 @@ from codegen.loops import TABLE
 from codegen.options import Options
 from codegen.spec import KernelSpec
 from rewrite.mask import Mask
+from rewrite.mask.terms import FAR
 
-FAR = 2**30
-"""Farther than any position, with room for sums in 32 bits."""
 KEPT = 32
 """Lists that are kept for another call: one for each kernel of some layers."""
 
@@ -60,12 +59,6 @@ def own_tables(mask: Mask, device: torch.device) -> dict[str, Tensor]:
     """The mask's tables on the device as kernels take them, without those that it only declares."""
     clipped = {name: np.clip(np.ascontiguousarray(table), -FAR, FAR) for name, table in mask.tables.items()}
     return {name: torch.from_numpy(table.astype(np.int32)).to(device) for name, table in clipped.items() if table.size}
-
-
-def narrowed(table: Tensor) -> Tensor:
-    """A table of a caller's as kernels take it."""
-    small = table.dtype in (torch.bool, torch.int8, torch.uint8, torch.int16)
-    return (table if small else table.clamp(-FAR, FAR)).to(torch.int32).contiguous()
 
 
 def table_values(tables: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from codegen.compiled import options as compile_options
 from codegen.given import (
     in_rows,
     list_values,
-    narrowed,
     own_lists,
     own_tables,
     strides,
@@ -29,7 +28,7 @@ from codegen.given import (
     tensor_values,
     tiling,
 )
-from codegen.lists import lists
+from codegen.lists import lists, narrowed
 from codegen.loops import pattern
 from codegen.options import Options
 from codegen.schedule import schedule

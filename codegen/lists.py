@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from codegen.runs import Run, clause_run
 from codegen.schedule import Over
 from rewrite.mask import Mask
 from rewrite.mask.clauses import Clause, Form, clauses
-from rewrite.mask.terms import FIRST, PAST, At, k, q
+from rewrite.mask.terms import FAR, FIRST, PAST, At, k, q
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class Tiling:
     rows: int = 1
     heads: int = 1
     lengths: tuple[Tensor, Tensor] | None = None
+    first: int = 0
+    """The first head."""
+
+
+HELD = 2**26
+"""Pairs of tiles that are looked at together: long prompts go some heads after the other."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,26 @@ def lists(mask: Mask, over: Over, at: Tiling, tables: Mapping[str, Tensor] | Non
 
     `tables` are the mask's, on the device that the lists are wanted on.
     """
+    pairs = at.rows * -(-at.queries // at.tile_q) * -(-at.keys // at.tile_k)
+    step = max(1, HELD // max(1, pairs))
+    parts = [
+        _lists(mask, over, replace(at, heads=min(step, at.heads - i), first=at.first + i), tables)
+        for i in range(0, at.heads, step)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    full, masked = ([getattr(x, name) for x in parts] for name in ("full", "masked"))
+    counts = (torch.cat([getattr(x, name) for x in parts], 1) for name in ("full_counts", "masked_counts"))
+    return Lists(next(counts), _joined(full), next(counts), _joined(masked))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Lists of some heads after those of others, as wide as the widest."""
+    most = max(x.shape[-1] for x in parts)
+    return torch.cat([torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in parts], 1)
+
+
+def _lists(mask: Mask, over: Over, at: Tiling, tables: Mapping[str, Tensor] | None) -> Lists:
     some, every = tiles(mask, at, tables)
     last = torch.arange(some.shape[-1 if over == "k" else -2], device=some.device)
     size, length = (at.tile_k, at.keys) if over == "k" else (at.tile_q, at.queries)
@@ -85,7 +111,7 @@ def packed(chosen: Tensor, most: int) -> Tensor:
 def tiles(mask: Mask, at: Tiling, tables: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """(rows, heads, query tiles, key tiles): a pair may be allowed; all pairs that are there are."""
     given = tables or {n: torch.from_numpy(t) for n, t in mask.tables.items()}
-    view = _View(at, given)
+    view = _View(at, {name: narrowed(table) for name, table in given.items()})
     shape = (at.rows, at.heads, -(-at.queries // at.tile_q), -(-at.keys // at.tile_k))
     some = torch.zeros(shape, dtype=torch.bool, device=view.device)
     every = torch.zeros(shape, dtype=torch.bool, device=view.device)
@@ -98,6 +124,12 @@ def tiles(mask: Mask, at: Tiling, tables: Mapping[str, Tensor] | None = None) ->
         some |= may
         every |= must
     return some & view.there, every & view.there
+
+
+def narrowed(table: Tensor) -> Tensor:
+    """A table as kernels take it: 32 bits, in one piece."""
+    small = table.dtype in (torch.bool, torch.int8, torch.uint8, torch.int16)
+    return (table if small else table.clamp(-FAR, FAR)).to(torch.int32).contiguous()
 
 
 def _split(clause: Clause) -> tuple[Clause, tuple[Form, ...]]:
@@ -122,9 +154,10 @@ class _View:
 
     def __init__(self, at: Tiling, tables: Mapping[str, Tensor]) -> None:
         self.at, self.tables = at, tables
+        self.seen: dict[At, tuple[Tensor, Tensor]] = {}
         self.device = next((t.device for t in tables.values()), torch.device("cpu"))
         queries, keys = (torch.tensor([n]) for n in (at.queries, at.keys)) if at.lengths is None else at.lengths
-        queries, keys = (n.long().to(self.device)[:, None, None, None] for n in (queries, keys))
+        queries, keys = (n.to(self.device, torch.int32)[:, None, None, None] for n in (queries, keys))
         offset = keys - queries
         first_q = self._axis(at.queries, at.tile_q)[:, None]
         first_k = self._axis(at.keys, at.tile_k)
@@ -136,7 +169,7 @@ class _View:
             "k0": first_k,
             "k1": torch.minimum(first_k + at.tile_k, keys),
             "b": self._axis(at.rows, 1)[:, None, None, None],
-            "h": self._axis(at.heads, 1)[:, None, None],
+            "h": self._axis(at.heads, 1)[:, None, None] + at.first,
             "N": keys,
             "T": queries,
             "offset": offset,
@@ -148,7 +181,7 @@ class _View:
         }
 
     def _axis(self, length: int, step: int) -> Tensor:
-        return torch.arange(0, length, step, device=self.device)
+        return torch.arange(0, length, step, device=self.device, dtype=torch.int32)
 
     def _tensor(self, x: Any) -> Tensor:
         return x if isinstance(x, Tensor) else torch.tensor(x, device=self.device)
@@ -156,7 +189,7 @@ class _View:
     def _load(self, table: str, *index: Any) -> Tensor:
         data = self.tables[table]
         places = [self._tensor(i).clamp(0, n - 1) for i, n in zip(index, data.shape, strict=True)]
-        return data[tuple(torch.broadcast_tensors(*places))].long()
+        return data[tuple(torch.broadcast_tensors(*places))]
 
     def values(self, roots: Sequence[Int]) -> list[Tensor]:
         """Integer expressions as tensors."""
@@ -182,7 +215,9 @@ class _View:
         over: Range = {q: Span(name("q0"), add(name("q1"), -1)), k: Span(name("k0"), add(name("k1"), -1))}
         swapped: dict[Any, Any] = {}
         for i, entry in enumerate(entries):
-            low, high = self._entries(entry, over)
+            if entry not in self.seen:
+                self.seen[entry] = self._entries(entry, over)
+            low, high = self.seen[entry]
             self.names |= {f"low{i}": low, f"high{i}": high}
             swapped[entry] = sympy.Symbol(f"entry{i}", integer=True)
             over[swapped[entry]] = Span(name(f"low{i}"), name(f"high{i}"))
@@ -205,16 +240,17 @@ class _View:
         widest = widths.index(max(widths))
         least, largest = _doubled(table, widest, widths[widest])
         low, high = ends[widest]
-        level = self._tensor(0) + sum((high - low + 1 >= 2**j).long() for j in range(1, len(least)))
+        level = self._tensor(0) + sum((high - low + 1 >= 2**j).int() for j in range(1, len(least)))
         places = (low,) if len(least) == 1 else (low, high + 1 - 2**level)  # two runs that overlap cover any span
         found: list[Tensor] = []
         for step in itertools.product(*(range(1 if axis == widest else n) for axis, n in enumerate(widths))):
             index = [torch.minimum(first + i, last) for (first, last), i in zip(ends, step, strict=True)]
             for place in places:
                 at = torch.broadcast_tensors(level, *index[:widest], place, *index[widest + 1 :])
-                entries = [least[at], largest[at]]
+                low_entry = least[at]
+                entries = [low_entry, largest[at] if len(least) > 1 else low_entry]
                 found = [torch.minimum(found[0], entries[0]), torch.maximum(found[1], entries[1])] if found else entries
-        return found[0].long(), found[1].long()
+        return found[0], found[1]
 
 
 def _doubled(table: Tensor, axis: int, width: int) -> tuple[Tensor, Tensor]:
