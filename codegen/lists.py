@@ -228,6 +228,12 @@ class _View:
         low, high = self.values([found.low, found.high])
         return low, high
 
+    def _widths(self, ends: list[list[Tensor]], points: list[bool]) -> list[int]:
+        """The most entries that a pair of tiles reads along each axis, for which the host waits once."""
+        wide = [(high - low).amax() + 1 for (low, high), point in zip(ends, points, strict=True) if not point]
+        found = iter(torch.stack(wide).tolist() if wide else [])
+        return [1 if point else int(next(found)) for point in points]
+
     def _entries(self, entry: At, over: Range) -> tuple[Tensor, Tensor]:
         """Extremes of a table's entries over the indices that each pair of tiles reaches."""
         spans = [spread([(i, 1)], 0, over) for i in entry.args[1:]]
@@ -236,7 +242,7 @@ class _View:
         ends = [self.values([s.low, s.high]) for s in spans if s is not None]
         table = self.tables[str(entry.args[0])]
         ends = [[e.clamp(0, n - 1) for e in pair] for pair, n in zip(ends, table.shape, strict=True)]
-        widths = [int((high - low).max()) + 1 for low, high in ends]
+        widths = self._widths(ends, [s is not None and s.low is s.high for s in spans])
         widest = widths.index(max(widths))
         least, largest = _doubled(table, widest, widths[widest])
         low, high = ends[widest]

@@ -49,7 +49,8 @@ def attention(
     the end of the row's keys; or it is a pair, the queries' lengths and the keys'. What may read nothing gives zeros.
 
     `tables` are integers that the mask reads by name, on the device of q, in place of its own: what a rule of
-    codegen/select.py chose at run time goes to the kernels without leaving the GPU.
+    codegen/select.py chose at run time goes to the kernels without leaving the GPU. A compiled graph copies tables of
+    the mask's own that are too large to be spelled to its device each time, unless they are given here.
 
     Raises BadUsage, a sentence, for what does not fit.
     """

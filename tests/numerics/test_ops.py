@@ -103,6 +103,22 @@ def test_a_selection_in_a_compiled_model() -> None:
     assert len(graphs) == 1
 
 
+def test_tables_on_another_device_are_not_read() -> None:
+    """The operator's mask declares them, by shape, and they go beside it; those on the CPU are part of it."""
+    q, chosen = torch.zeros(2, 4, 32, 16), Antidiagonal(0.6, 16, 4)(drawn(2, 4, 32, 16), drawn(2, 2, 32, 16)).selection
+    there = chosen.tables["block"].to("meta")
+    found = ops._mask(q, chosen.algebra.spelled, "block", [there])
+    assert found.declared == ("block",)
+    assert found.keep == chosen.algebra.keep
+    assert ops._mask(q, chosen.algebra.spelled, "block", [there.clone()]) is found
+    assert ops._beside("block", [there]) == {"block": there}
+    with pytest.raises(ValueError, match="reads block of 2 rows of the batch, and there are 3"):
+        ops._mask(q[:1].expand(3, -1, -1, -1), chosen.algebra.spelled, "block", [there])
+    here = ops._mask(q, chosen.algebra.spelled, "block", [chosen.tables["block"]])
+    assert not here.declared
+    assert ops._beside("block", [chosen.tables["block"]]) == {}
+
+
 def test_gradients_of_a_compiled_model() -> None:
     torch._dynamo.reset()
     bias, sinks = drawn(1, 4, 20, 30), drawn(4, seed=5)
