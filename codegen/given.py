@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from codegen import lists_launch
 from codegen.lists import Lists, Tiling, lists
 from codegen.loops import TABLE
 from codegen.options import Options
@@ -90,4 +91,10 @@ def tiling(mask: Mask, spec: KernelSpec, q: Tensor, k: Tensor) -> Tiling:
 @lru_cache(maxsize=KEPT)
 def own_lists(mask: Mask, over_queries: bool, at: Tiling, device: torch.device) -> Lists:
     """The lists of a mask that has all its tables, kept for the layers of a model."""
-    return lists(mask, "q" if over_queries else "k", at, own_tables(mask, device))
+    return made(mask, over_queries, at, own_tables(mask, device))
+
+
+def made(mask: Mask, over_queries: bool, at: Tiling, tables: Mapping[str, Tensor]) -> Lists:
+    """The lists of a mask by its tables, by a kernel where it can."""
+    refused = lists_launch.refuse(mask, at, next(iter(tables.values())).device)
+    return (lists if refused else lists_launch.lists)(mask, "q" if over_queries else "k", at, tables)

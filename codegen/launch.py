@@ -5,7 +5,6 @@ Tensors are (batch, heads, tokens, dim); fewer kv heads and another value dim ar
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from codegen import chip
 from codegen.chip import Config
-from codegen.compiled import function
-from codegen.compiled import options as compile_options
 from codegen.given import (
     in_rows,
     list_values,
+    made,
     own_lists,
     own_tables,
     strides,
@@ -28,21 +26,16 @@ from codegen.given import (
     tensor_values,
     tiling,
 )
-from codegen.lists import lists, narrowed
+from codegen.lists import narrowed
 from codegen.loops import pattern
 from codegen.options import Options
+from codegen.run import interpreting, run
 from codegen.schedule import schedule
 from codegen.spec import DType, KernelSpec, Phase, leads
-from codegen.triton import arguments
 from codegen.tune import bucket, fastest, store, tuned
 from rewrite.mask import Mask
 
 DTYPES: dict[torch.dtype, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-def interpreting() -> bool:
-    """Whether Triton was told to interpret kernels, on tensors of the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 MOST_SHARES = 128
@@ -97,10 +90,11 @@ class Call:
         if not self.listed:
             return {}
         at, over_queries = tiling(self.mask, spec, self.q, self.k), spec.phase == "dkdv"
-        if self.given or self.options.lengths is not None:
-            at = at if self.options.lengths is None else replace(at, rows=len(self.q), lengths=self.options.lengths)
-            return list_values(lists(self.mask, "q" if over_queries else "k", at, self.tables))
-        return list_values(own_lists(self.mask, over_queries, at, self.q.device))
+        if not self.given and self.options.lengths is None:
+            return list_values(own_lists(self.mask, over_queries, at, self.q.device))
+        if self.options.lengths is not None:
+            at = replace(at, rows=len(self.q), lengths=self.options.lengths)
+        return list_values(made(self.mask, over_queries, at, self.tables))
 
     def spec(self, phase: Phase, **more: Any) -> KernelSpec:
         """The spec of one of the kernels, with its tiles."""
@@ -143,18 +137,6 @@ def _per_head(mask: Mask) -> bool:
 def placed(spec: KernelSpec, queries: int, config: Config | None) -> KernelSpec:
     """The spec in the tiles asked for, in those measured here, or in the default ones for so many rows of queries."""
     return spec.with_config(config or tuned(spec, queries) or chip.default(spec, queries, _chip()))
-
-
-@cache
-def _names(spec: KernelSpec) -> tuple[str, ...]:
-    return tuple(a.name for a in arguments(spec))
-
-
-def run(spec: KernelSpec, grid: tuple[int, int, int], values: Mapping[str, Any]) -> None:
-    """Launches the kernel over `grid`, its arguments taken from `values` by name."""
-    if all(grid):
-        with torch.cuda.device_of(values["Q"]):
-            function(spec)[grid](*(values[name] for name in _names(spec)), **compile_options(spec))
 
 
 def forward(

@@ -23,7 +23,7 @@ from codegen.runs import Run, clause_run
 from codegen.schedule import Over
 from rewrite.mask import Mask
 from rewrite.mask.clauses import Clause, Form, clauses
-from rewrite.mask.terms import FAR, FIRST, PAST, At, k, q
+from rewrite.mask.terms import FAR, FIRST, PAST, At, Div, Mod, k, q
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,15 @@ def tiles(mask: Mask, at: Tiling, tables: Mapping[str, Tensor] | None = None) ->
     shape = (at.rows, at.heads, -(-at.queries // at.tile_q), -(-at.keys // at.tile_k))
     some = torch.zeros(shape, dtype=torch.bool, device=view.device)
     every = torch.zeros(shape, dtype=torch.bool, device=view.device)
-    for clause in clauses(mask.keep):
-        solved, read = _split(clause)
+    found = entries(mask)
+    for i, entry in enumerate(found):
+        low, high = view.entries(entry)
+        view.names |= {f"low{i}": low, f"high{i}": high}
+    for clause in clauses_of(mask):
+        solved, read = bounds(clause)
         may, must = view.runs(solved)
         for atom in read:
-            low, high = view.extremes(atom)
+            low, high = view.extremes(atom, found)
             may, must = may & (high >= 0), must & (low >= 0)
         some |= may
         every |= must
@@ -132,7 +136,12 @@ def narrowed(table: Tensor) -> Tensor:
     return (table if small else table.clamp(-FAR, FAR)).to(torch.int32).contiguous()
 
 
-def _split(clause: Clause) -> tuple[Clause, tuple[Form, ...]]:
+def clauses_of(mask: Mask) -> tuple[Clause, ...]:
+    """The mask as a disjunction."""
+    return tuple(clauses(mask.keep))
+
+
+def bounds(clause: Clause) -> tuple[Clause, tuple[Form, ...]]:
     """Atoms that a schedule solves, and those that read tables at positions."""
     read = tuple(a for a in clause.atoms if any(_read(t) for t, _ in a.weights))
     return Clause(tuple(a for a in clause.atoms if a not in read), clause.whole), read
@@ -145,8 +154,52 @@ def _read(term: Any) -> list[At]:
 
 
 @lru_cache(maxsize=256)
-def _solved(clause: Clause) -> Run:
-    return clause_run(clause, "k")
+def run_of(clause: Clause) -> Run:
+    """What solved atoms give over key tiles; all that comes periodically is masked."""
+    run = clause_run(clause, "k")
+    return run if run.period is None else run.whole
+
+
+def entries(mask: Mask) -> list[At]:
+    """All tables that are read at positions, each as it is read."""
+    read = (a for clause in clauses_of(mask) for a in bounds(clause)[1])
+    return sorted({x for a in read for t, _ in a.weights for x in _read(t)}, key=str)
+
+
+_OVER: Range = {q: Span(name("q0"), add(name("q1"), -1)), k: Span(name("k0"), add(name("k1"), -1))}
+
+
+def spans(entry: At) -> list[Span]:
+    """The indices that a pair of tiles reads a table by."""
+    found = [spread([(i, 1)], 0, _OVER) for i in entry.args[1:]]
+    known = [s for s in found if s is not None]
+    if len(known) < len(found):
+        raise ValueError(f"{entry} is read at an index that is no integer expression of positions")
+    return known
+
+
+def form(atom: Form, found: Sequence[At]) -> Span | None:
+    """The least and the largest of a form over a pair of tiles; `low0`, `high0` are those of the first entry, ..."""
+    over, swapped = dict(_OVER), dict[Any, Any]()
+    for i, entry in enumerate(found):
+        swapped[entry] = sympy.Symbol(f"entry{i}", integer=True)
+        over[swapped[entry]] = Span(name(f"low{i}"), name(f"high{i}"))
+    return spread([(t.xreplace(swapped), w) for t, w in atom.weights], atom.constant, over)
+
+
+def most_entries(entry: At, at: Tiling) -> list[int] | None:
+    """At most so many entries are read along each axis by a pair of tiles; None where that hangs on tables."""
+    if any(x.atoms(At, Mod) for x in entry.args[1:]):
+        return None
+    roots = [x for span in spans(entry) for x in (span.low, span.high)]
+    lines, texts = program(roots)
+    space = {"q0": 0, "q1": at.tile_q, "k0": 0, "k1": at.tile_k, "b": 0, "h": 0, "offset": 0, "N": 0, "T": 0}
+    exec("\n".join(lines), space)  # our own printer's text
+    ends = [eval(text, space) for text in texts]
+    # a quotient's ends lie one farther apart where a tile begins elsewhere
+    return [
+        high - low + 1 + len(i.atoms(Div)) for low, high, i in zip(ends[::2], ends[1::2], entry.args[1:], strict=True)
+    ]
 
 
 class _View:
@@ -154,7 +207,6 @@ class _View:
 
     def __init__(self, at: Tiling, tables: Mapping[str, Tensor]) -> None:
         self.at, self.tables = at, tables
-        self.seen: dict[At, tuple[Tensor, Tensor]] = {}
         self.device = next((t.device for t in tables.values()), torch.device("cpu"))
         queries, keys = (torch.tensor([n]) for n in (at.queries, at.keys)) if at.lengths is None else at.lengths
         queries, keys = (n.to(self.device, torch.int32)[:, None, None, None] for n in (queries, keys))
@@ -200,32 +252,19 @@ class _View:
 
     def runs(self, clause: Clause) -> tuple[Tensor, Tensor]:
         """Key tiles that the atoms of a clause visit, and those whose pairs they all allow."""
-        run = _solved(clause)
-        if run.period is not None:
-            run = run.whole
+        run = run_of(clause)
         begin, end, inner, past = self.values([*run.visit, *run.every])
         first = self.first_k
         number = first // self.at.tile_k
         # keys that are not there count as allowed here; the ragged tile is taken out of the loops over its axis
         return (begin <= number) & (number < end), (inner <= first) & (self.names["k1"] <= past)
 
-    def extremes(self, atom: Form) -> tuple[Tensor, Tensor]:
+    def extremes(self, atom: Form, found: Sequence[At]) -> tuple[Tensor, Tensor]:
         """The least and the largest of a form over each pair of tiles."""
-        entries = list(dict.fromkeys(x for t, _ in atom.weights for x in _read(t)))
-        over: Range = {q: Span(name("q0"), add(name("q1"), -1)), k: Span(name("k0"), add(name("k1"), -1))}
-        swapped: dict[Any, Any] = {}
-        for i, entry in enumerate(entries):
-            if entry not in self.seen:
-                self.seen[entry] = self._entries(entry, over)
-            low, high = self.seen[entry]
-            self.names |= {f"low{i}": low, f"high{i}": high}
-            swapped[entry] = sympy.Symbol(f"entry{i}", integer=True)
-            over[swapped[entry]] = Span(name(f"low{i}"), name(f"high{i}"))
-        weights = [(t.xreplace(swapped), w) for t, w in atom.weights]
-        found = spread(weights, atom.constant, over)
-        if found is None:
+        span = form(atom, found)
+        if span is None:
             return self._tensor(-1), self._tensor(1)
-        low, high = self.values([found.low, found.high])
+        low, high = self.values([span.low, span.high])
         return low, high
 
     def _widths(self, ends: list[list[Tensor]], points: list[bool]) -> list[int]:
@@ -234,17 +273,15 @@ class _View:
         found = iter(torch.stack(wide).tolist() if wide else [])
         return [1 if point else int(next(found)) for point in points]
 
-    def _entries(self, entry: At, over: Range) -> tuple[Tensor, Tensor]:
+    def entries(self, entry: At) -> tuple[Tensor, Tensor]:
         """Extremes of a table's entries over the indices that each pair of tiles reaches."""
-        spans = [spread([(i, 1)], 0, over) for i in entry.args[1:]]
-        if any(s is None for s in spans):
-            raise ValueError(f"{entry} is read at an index that is no integer expression of positions")
-        ends = [self.values([s.low, s.high]) for s in spans if s is not None]
+        reach = spans(entry)
+        ends = [self.values([s.low, s.high]) for s in reach]
         table = self.tables[str(entry.args[0])]
         ends = [[e.clamp(0, n - 1) for e in pair] for pair, n in zip(ends, table.shape, strict=True)]
-        widths = self._widths(ends, [s is not None and s.low is s.high for s in spans])
+        widths = self._widths(ends, [s.low is s.high for s in reach])
         widest = widths.index(max(widths))
-        least, largest = _doubled(table, widest, widths[widest])
+        least, largest = doubled(table, widest, widths[widest])
         low, high = ends[widest]
         level = self._tensor(0) + sum((high - low + 1 >= 2**j).int() for j in range(1, len(least)))
         places = (low,) if len(least) == 1 else (low, high + 1 - 2**level)  # two runs that overlap cover any span
@@ -259,7 +296,7 @@ class _View:
         return found[0], found[1]
 
 
-def _doubled(table: Tensor, axis: int, width: int) -> tuple[Tensor, Tensor]:
+def doubled(table: Tensor, axis: int, width: int) -> tuple[Tensor, Tensor]:
     """(levels, *table): the least and the largest of the 2^level entries from each place on along an axis, with as many
     levels as runs up to `width` ask for. So a span of any width is two looks, after work in proportion to the table."""
     least, largest = [table], [table]

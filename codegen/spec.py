@@ -11,7 +11,9 @@ from typing import Literal
 
 from rewrite.mask import Mask, all_
 
-Phase = Literal["forward", "decode", "combine", "delta", "dkdv", "dq", "antidiagonal", "mass", "means", "columns"]
+Phase = Literal[
+    "forward", "decode", "combine", "delta", "dkdv", "dq", "antidiagonal", "mass", "means", "columns", "listk", "listq"
+]
 DType = Literal["fp16", "bf16", "fp32"]
 
 BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -56,10 +58,11 @@ class KernelSpec:
     """One kernel. `mask` is a pattern (codegen/loops.py): what tables hold is an argument.
 
     phase: forward reads all keys of a query tile; decode a share of them, and combine merges the shares; delta, dkdv
-    and dq are the backward pass; the others score blocks of `block` tokens in groups of `stride`, or columns
-    (codegen/triton_coarse.py). `dqk`, `dv`: head dims of queries with keys, and of values. `group`: query heads of
-    a kv head; `packed`: the rows of a tile are (query, head of the group). `latent`: values are the first `dv`
-    columns of the keys, which are read once. `tiles`: rows of a query tile, keys of a key tile.
+    and dq are the backward pass; antidiagonal, mass, means and columns score blocks of `block` tokens in groups of
+    `stride`, or columns (codegen/triton_coarse.py); listk and listq list tiles (codegen/triton_lists.py). `dqk`, `dv`:
+    head dims of queries with keys, and of values. `group`: query heads of a kv head; `packed`: the rows of a tile are
+    (query, head of the group). `latent`: values are the first `dv` columns of the keys, which are read once. `tiles`:
+    rows of a query tile, keys of a key tile.
     `upcast`: multiply in fp32 (the interpreter cannot multiply bf16).
     """
 

@@ -15,6 +15,7 @@ from codegen.triton_coarse import (
     means_source,
 )
 from codegen.triton_forward import forward_arguments, forward_source
+from codegen.triton_lists import list_arguments, list_source
 from codegen.triton_rows import combine_arguments, combine_source, delta_arguments, delta_source
 
 _FORMS = {
@@ -28,6 +29,8 @@ _FORMS = {
     "mass": (mass_source, mass_arguments),
     "means": (means_source, means_arguments),
     "columns": (columns_source, columns_arguments),
+    "listk": (list_source, list_arguments),
+    "listq": (list_source, list_arguments),
 }
 
 

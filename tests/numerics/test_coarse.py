@@ -15,28 +15,53 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bench.coarse_cases import SCORED, Scored, drawn, errors, off
-from codegen import chip, coarse_launch, launch, oracle
+from codegen import chip, coarse_launch, launch, lists, lists_launch, oracle
+from codegen.given import own_tables
+from codegen.lists import Tiling
+from codegen.loops import pattern
 from codegen.options import Options
+from codegen.schedule import Over
 from codegen.select import Antidiagonal, Pooled, VerticalSlash
 from codegen.spec import KernelSpec
 from codegen.triton import arguments, source
+from rewrite.mask import Mask, blocks, causal, window
 
 ROOT = Path(__file__).parents[2]
 RULES = (Antidiagonal(0.7, 32, 8), Pooled(share=0.4, block=32), VerticalSlash(20, 30, 50, 8))
-COMPILED: tuple[KernelSpec, ...] = tuple(
-    KernelSpec(phase, dtype, dim, dim, group=group, tiles=(128, 128), block=block, stride=stride)
-    for phase, dtype, dim, group, block, stride in (
-        ("antidiagonal", "bf16", 128, 4, 128, 16),
-        ("antidiagonal", "fp32", 128, 1, 1, 1),
-        ("mass", "bf16", 128, 4, 128, 16),
-        ("means", "bf16", 128, 4, 64, 1),
-        ("columns", "bf16", 128, 4, 1, 1),
-    )
+
+
+def _masks() -> dict[str, Mask]:
+    """Blocks, columns and diagonals as rules give them, and blocks beside what is solved."""
+    made = np.random.default_rng(0)
+    q, k = torch.randn(2, 3, 48, 8), torch.randn(2, 3, 48, 8)
+    found = {"blocks": Pooled(count=2, block=8)(q, k).mask(), "lines": VerticalSlash(6, 5, 8, 2)(q, k).mask()}
+    table = made.random((3, 6, 6)) < 0.4
+    return found | {"blocks or near": causal & (blocks(table, 8) | window(5))}
+
+
+COMPILED: tuple[KernelSpec, ...] = (
+    *(
+        KernelSpec(phase, dtype, dim, dim, group=group, tiles=(128, 128), block=block, stride=stride)
+        for phase, dtype, dim, group, block, stride in (
+            ("antidiagonal", "bf16", 128, 4, 128, 16),
+            ("antidiagonal", "fp32", 128, 1, 1, 1),
+            ("mass", "bf16", 128, 4, 128, 16),
+            ("means", "bf16", 128, 4, 64, 1),
+            ("columns", "bf16", 128, 4, 1, 1),
+        )
+    ),
+    KernelSpec("listk", "fp32", 16, 16, pattern(_masks()["blocks"]), tiles=(16, 128), stages=1),
 )
+LISTED = {
+    "blocks": Tiling(24, 40, 8, 16, 2, 3),
+    "lines": Tiling(21, 45, 8, 8, 2, 3),
+    "blocks or near": Tiling(48, 48, 15, 12, 1, 3),
+}
 
 
 def told(task: str, **env: str) -> Any:
@@ -67,6 +92,10 @@ def test_rules_choose_what_they_choose_in_torch_and_kernels_read_it(
     found = interpreted[str(rule)]
     assert found["chosen otherwise"] == 0
     assert all(found[name] < 1 for name in "oqkv"), found
+
+
+def test_lists_are_those_of_torch(interpreted: dict[str, dict[str, float]]) -> None:
+    assert interpreted["lists"] == {name: 0 for name in LISTED}
 
 
 def test_kernels_for_chips_that_are_not_here(tmp_path: Path) -> None:
@@ -124,6 +153,22 @@ def _chosen(rule: Antidiagonal | Pooled | VerticalSlash) -> dict[str, float]:
     return {"chosen otherwise": other, "o": off(o, want.detach()), **wrong}
 
 
+def _listed(name: str) -> int:
+    """Counts and numbers of tiles that a kernel lists otherwise than torch, for loops over keys and over queries."""
+    chosen, at, wrong = _masks()[name], LISTED[name], 0
+    tables = own_tables(chosen, torch.device("cpu"))
+    over: tuple[Over, Over] = ("k", "q")
+    for each in over:
+        assert lists_launch.refuse(chosen, at, torch.device("cpu")) is None
+        mine, theirs = (way.lists(chosen, each, at, tables) for way in (lists_launch, lists))
+        for n in ("full", "masked"):
+            counts, numbers = getattr(theirs, f"{n}_counts"), getattr(theirs, n)
+            wrong += int((getattr(mine, f"{n}_counts") != counts).sum())
+            there = torch.arange(numbers.shape[-1]) < counts[..., None]
+            wrong += int((getattr(mine, n)[..., : numbers.shape[-1]] != numbers)[there].sum())
+    return wrong
+
+
 def _compiled() -> dict[str, dict[str, Any]]:
     from codegen.compiled import compiled, resources
 
@@ -131,7 +176,7 @@ def _compiled() -> dict[str, dict[str, Any]]:
     for on in (chip.HOPPER, chip.INSTINCT):
         for plain in COMPILED:
             rows = {"means": plain.block, "columns": 64}.get(plain.phase, 4096)
-            spec = plain.with_config(chip.default(plain, rows, on))
+            spec = plain if plain.phase == "listk" else plain.with_config(chip.default(plain, rows, on))
             used, ptx = resources(spec, on.name), compiled(spec, on.name).asm.get("ptx", "")
             found[f"{on.name} {spec}"] = {
                 "spilled": used.spilled,
@@ -149,7 +194,7 @@ def main(task: str) -> None:
         print(json.dumps(_compiled()))
         return
     torch.use_deterministic_algorithms(True)
-    found = {str(case): errors(case) for case in SCORED}
+    found = {str(case): errors(case) for case in SCORED} | {"lists": {name: _listed(name) for name in LISTED}}
     print(json.dumps(found | {str(rule): _chosen(rule) for rule in RULES}))
 
 
