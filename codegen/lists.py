@@ -160,10 +160,11 @@ def run_of(clause: Clause) -> Run:
     return run if run.period is None else run.whole
 
 
-def entries(mask: Mask) -> list[At]:
+@lru_cache(maxsize=256)
+def entries(mask: Mask) -> tuple[At, ...]:
     """All tables that are read at positions, each as it is read."""
     read = (a for clause in clauses_of(mask) for a in bounds(clause)[1])
-    return sorted({x for a in read for t, _ in a.weights for x in _read(t)}, key=str)
+    return tuple(sorted({x for a in read for t, _ in a.weights for x in _read(t)}, key=str))
 
 
 _OVER: Range = {q: Span(name("q0"), add(name("q1"), -1)), k: Span(name("k0"), add(name("k1"), -1))}
@@ -187,19 +188,22 @@ def form(atom: Form, found: Sequence[At]) -> Span | None:
     return spread([(t.xreplace(swapped), w) for t, w in atom.weights], atom.constant, over)
 
 
-def most_entries(entry: At, at: Tiling) -> list[int] | None:
+def most_entries(entry: At, at: Tiling) -> tuple[int, ...] | None:
     """At most so many entries are read along each axis by a pair of tiles; None where that hangs on tables."""
+    return _most(entry, at.tile_q, at.tile_k)
+
+
+@lru_cache(maxsize=256)
+def _most(entry: At, tile_q: int, tile_k: int) -> tuple[int, ...] | None:
     if any(x.atoms(At, Mod) for x in entry.args[1:]):
         return None
-    roots = [x for span in spans(entry) for x in (span.low, span.high)]
-    lines, texts = program(roots)
-    space = {"q0": 0, "q1": at.tile_q, "k0": 0, "k1": at.tile_k, "b": 0, "h": 0, "offset": 0, "N": 0, "T": 0}
+    lines, texts = program([x for span in spans(entry) for x in (span.low, span.high)])
+    space = {"q0": 0, "q1": tile_q, "k0": 0, "k1": tile_k, "b": 0, "h": 0, "offset": 0, "N": 0, "T": 0}
     exec("\n".join(lines), space)  # our own printer's text
     ends = [eval(text, space) for text in texts]
     # a quotient's ends lie one farther apart where a tile begins elsewhere
-    return [
-        high - low + 1 + len(i.atoms(Div)) for low, high, i in zip(ends[::2], ends[1::2], entry.args[1:], strict=True)
-    ]
+    slack = [len(i.atoms(Div)) for i in entry.args[1:]]
+    return tuple(high - low + 1 + more for low, high, more in zip(ends[::2], ends[1::2], slack, strict=True))
 
 
 class _View:

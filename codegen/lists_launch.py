@@ -47,7 +47,7 @@ def lists(mask: Mask, over: Over, at: Tiling, tables: Mapping[str, Tensor]) -> L
         values |= {f"{TABLE}{name}_n{axis}": size for axis, size in enumerate(table.shape)}
     same = pattern(mask)
     for j, entry in enumerate(entries(same)):
-        values |= _entry(j, values[str(entry.args[0])], most_entries(entry, at) or [], varying(entry))
+        values |= _entry(j, values[str(entry.args[0])], most_entries(entry, at) or (), varying(entry))
     device = next(iter(tables.values())).device
     outs: list[Tensor] = []
     for name in ("FULL", "MASKED"):
@@ -59,9 +59,9 @@ def lists(mask: Mask, over: Over, at: Tiling, tables: Mapping[str, Tensor]) -> L
     return Lists(*outs)
 
 
-def _entry(j: int, table: Tensor, most: list[int], axes: list[int]) -> dict[str, Any]:
+def _entry(j: int, table: Tensor, most: tuple[int, ...], axes: tuple[int, ...]) -> dict[str, Any]:
     """A table's doubled forms by argument, and how many entries are looked at along other axes."""
-    *others, last = axes or [table.ndim - 1]
+    *others, last = axes or (table.ndim - 1,)
     least, largest = doubled(table, last, most[last])
     return {
         f"least_{j}": least,

@@ -7,7 +7,8 @@ by two looks; along other axes that vary every entry is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 
 from codegen.integers import Int
 from codegen.lists import bounds, clauses_of, entries, form, run_of, spans
@@ -37,9 +38,10 @@ def list_arguments(spec: KernelSpec) -> list[Argument]:
     return [*(Argument(name, "*i32", True) for name in tensors), *(number(name) for name in numbers)]
 
 
-def varying(entry: At) -> list[int]:
+@cache
+def varying(entry: At) -> tuple[int, ...]:
     """Axes of a table along which a pair of tiles reads more than one entry."""
-    return [axis for axis, span in enumerate(spans(entry)) if span.low is not span.high]
+    return tuple(axis for axis, span in enumerate(spans(entry)) if span.low is not span.high)
 
 
 def list_source(spec: KernelSpec) -> str:
@@ -88,7 +90,7 @@ def _looks(j: int, entry: At) -> list[str]:
     for axis in range(len(reach)):
         for name, text in zip(("from", "to"), texts[2 * axis : 2 * axis + 2], strict=True):
             lines.append(f"{name}_{j}_{axis} = tl.minimum(tl.maximum({text}, 0), {table}_n{axis} - 1)")
-    *others, last = varying(entry) or [len(reach) - 1]
+    *others, last = varying(entry) or (len(reach) - 1,)
     lines += [f"reach = to_{j}_{last} - from_{j}_{last} + 1", "level = reach * 0"]
     lines += [f"for i in range(1, levels_{j}):", "    level += (reach >= (1 << i)).to(tl.int32)"]
     lines += [f"late = to_{j}_{last} + 1 - (1 << level)  # two runs that overlap cover any span"]
@@ -107,7 +109,7 @@ def _looks(j: int, entry: At) -> list[str]:
     return lines + look
 
 
-def _clause(i: int, clause: Clause, found: list[At]) -> list[str]:
+def _clause(i: int, clause: Clause, found: Sequence[At]) -> list[str]:
     """What one conjunction visits, and what it allows wholly."""
     solved, read = bounds(clause)
     run = run_of(solved)
