@@ -12,13 +12,25 @@ import datetime
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu_cases import Shape, dense_shapes, flex, sdpa, sparse_masks, streaming_heads, tensors
+from bench.coarse_cases import SCORED, errors
+from bench.gpu_cases import (
+    Rule,
+    Shape,
+    clustered,
+    dense_shapes,
+    flex,
+    rules,
+    sdpa,
+    sparse_masks,
+    streaming_heads,
+    tensors,
+)
 from bench.gpu_page import page
 from bench.kernel_cases import Case, inputs, table
 from codegen.options import Options
@@ -28,11 +40,13 @@ from rewrite.mask import Mask, causal
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "out" / "gpu"
 RESULTS = ROOT / "bench" / "results"
-PARTS = ("correct", "ceiling", "dense", "sparse", "decode", "build")
+PARTS = ("correct", "ceiling", "dense", "sparse", "select", "decode", "build")
 Row = dict[str, Any]
 SPARSE = Shape(16, 4, 128, 32_768)
 CONTEXTS = (8192, 32_768, 131_072)
 BUILT = (32_768, 131_072)
+SELECTED = (32_768, 131_072)
+"""Tokens of a prompt whose blocks are chosen at run time."""
 
 
 @dataclass
@@ -149,6 +163,33 @@ def sparse(shape: Shape, mask: Mask) -> Iterator[tuple[str, Callable[[], Row]]]:
     yield "flex", lambda: peer(shape, flex(shape, mask)[0], True)
 
 
+def select(rule: Rule, shape: Shape) -> Row:
+    """Milliseconds of a rule's choice, of the lists made of it, of attention over it (its lists included), and of our
+    dense attention; and the tiles that it visits as a share of causal attention's."""
+    from codegen import launch
+    from codegen.given import tiling
+    from codegen.lists import lists
+
+    q, k, v = clustered(shape)
+    options = Options(scale=shape.scale)
+    configs = launch.tune(q, k, v, causal, options)
+    found = rule(q, k).selection
+    call = launch.Call(q, k, v, found.algebra, options, configs, found.tables)
+    spec = call.spec("forward", latent=False)
+    made = call.lists(spec)
+    visited = float(made["full_counts"].sum() + made["masked_counts"].sum())
+    whole = lists(causal, "k", tiling(causal, spec, q, k))
+    seen = float(whole.full_counts.sum() + whole.masked_counts.sum()) * shape.heads * shape.batch
+    return {
+        "choose": milliseconds(lambda: rule(q, k)),
+        "lists": milliseconds(lambda: replace(call).lists(spec)),
+        "attend": milliseconds(lambda: launch.forward(q, k, v, found.algebra, options, configs, found.tables)),
+        "dense": milliseconds(lambda: launch.forward(q, k, v, causal, options, configs)),
+        "share": visited / seen,
+        "tokens": shape.tokens,
+    }
+
+
 def decode(context: int) -> Row:
     """Milliseconds and TB/s of one query a row over a long context: ours, and PyTorch's."""
     from codegen import launch
@@ -185,11 +226,12 @@ def tasks(parts: Sequence[str], longest: int, count: int) -> Iterator[tuple[str,
                 yield f"{part} {key}".strip(), task
 
 
-def _part(part: str, longest: int, count: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+Tasks = Iterator[tuple[str, Callable[[], Row]]]
+
+
+def _part(part: str, longest: int, count: int) -> Tasks:
     if part == "correct":
-        cases = table()
-        for case in cases[:: max(1, len(cases) // count)]:
-            yield str(case), lambda case=case: correct(case)
+        yield from _checks(count)
     elif part == "ceiling":
         yield "", ceiling
     elif part == "dense":
@@ -199,10 +241,28 @@ def _part(part: str, longest: int, count: int) -> Iterator[tuple[str, Callable[[
         named = sparse_masks(SPARSE.tokens) | {"half of the heads streaming": streaming_heads(SPARSE)}
         for name, mask in {"causal": causal, **named}.items():
             yield from ((f"{name} {who}", task) for who, task in sparse(SPARSE, mask))
+    elif part == "select":
+        yield from _choices()
     else:
         sizes, task = (CONTEXTS, decode) if part == "decode" else (BUILT, build)
         for size in sizes:
             yield str(size), lambda size=size: task(size)
+
+
+def _checks(count: int) -> Tasks:
+    """Kernels of attention, then those that choose."""
+    cases = table()
+    for case in cases[:: max(1, len(cases) // count)]:
+        yield str(case), lambda case=case: correct(case)
+    for scored in SCORED:
+        yield str(scored), lambda scored=scored: {"errors": errors(scored, "cuda")}
+
+
+def _choices() -> Tasks:
+    for tokens in SELECTED:
+        shape = replace(SPARSE, tokens=tokens)
+        for rule in rules():
+            yield f"{tokens} {rule}", lambda rule=rule, shape=shape: select(rule, shape)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codegen.select import Antidiagonal, Pooled, VerticalSlash
 from rewrite import mask as masks
 from rewrite.mask import Mask, causal
 
@@ -95,6 +96,26 @@ def tensors(shape: Shape, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]
         return made.transpose(1, 2).requires_grad_()
 
     return one(shape.heads), one(shape.kv_heads), one(shape.kv_heads)
+
+
+Rule = Antidiagonal | Pooled | VerticalSlash
+CLUSTERS, CLUSTERED = 10, 1024
+"""Kinds of text in a prompt, and how many tokens of one kind stand together."""
+
+
+def rules() -> tuple[Rule, ...]:
+    """What chooses blocks at run time, as published, the pooled rule by a share of blocks."""
+    return Antidiagonal(), Pooled(share=0.1, block=128), VerticalSlash()
+
+
+def clustered(shape: Shape, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as `tensors`, whose queries care for keys of their own kind: about one block in `CLUSTERS`."""
+    q, k, v = (x.detach() for x in tensors(shape, device))
+    make = torch.Generator().manual_seed(0)
+    kinds = torch.randn(CLUSTERS, shape.dim, generator=make)
+    stretches = torch.randint(CLUSTERS, (-(-shape.tokens // CLUSTERED),), generator=make)
+    kind = kinds[stretches].repeat_interleave(CLUSTERED, 0)[: shape.tokens].to(q)
+    return q + kind, k + kind, v
 
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -30,7 +30,7 @@ def page(rows: Sequence[Row], gpu: str) -> tuple[str, list[str]]:
             ]
     for backward in (False, True):
         text += _dense(by_part.get("dense", []), top, backward)
-    text += _sparse(by_part.get("sparse", []))
+    text += _sparse(by_part.get("sparse", [])) + _select(by_part.get("select", []))
     text += _decode(by_part.get("decode", [])) + _build(by_part.get("build", []))
     failed = [r for r in rows if "failed" in r and not r["key"].startswith("correct")]
     text += ["## What did not run", "", *(f"- {r['key']}: {r['failed']}" for r in failed), ""] if failed else []
@@ -125,6 +125,29 @@ def _sparse(rows: Sequence[Row]) -> list[str]:
         lines.append(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |")
     lines += ["", f"Forward above {OVER} of ideal down to {FEWEST:.0%} of causal's pairs: {late} rows.", ""]
     return lines
+
+
+def _select(rows: Sequence[Row]) -> list[str]:
+    """Milliseconds of choosing and of attention over what is chosen, beside dense attention."""
+    if not rows:
+        return []
+    lines = ["## Blocks chosen at run time: milliseconds, forward", ""]
+    lines += [
+        "`attention` makes its lists of tiles first, which `lists` is alone. `of dense`: choosing and attention over",
+        "our dense time.",
+        "",
+    ]
+    lines += [
+        "| tokens | rule | tiles of causal's | choosing | lists | attention | dense | of dense |",
+        "|---|---|" + "---|" * 6,
+    ]
+    for row in rows:
+        if "choose" in row:
+            rule = row["key"].split(maxsplit=2)[2]
+            cells = [f"{row[n]:.3f}" for n in ("share", "choose", "lists", "attend", "dense")]
+            cells.append(f"{(row['choose'] + row['attend']) / row['dense']:.2f}")
+            lines.append(f"| {row['tokens']} | {rule} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _decode(rows: Sequence[Row]) -> list[str]:

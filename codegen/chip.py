@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from codegen.spec import KernelSpec, chunks
+from codegen.spec import SMALLEST, KernelSpec, chunks
 
 
 class Config(NamedTuple):
@@ -52,6 +52,9 @@ _INSTINCT = {
     "dkdv": {128: (32, 64, 4, 1), 256: (16, 32, 4, 1), 1024: (16, 16, 4, 1)},
     "dq": {128: (64, 32, 4, 1), 256: (32, 16, 4, 1), 1024: (16, 16, 4, 1)},
 }
+_COARSE = {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2), 1024: (64, 32, 8, 2)}
+COARSE_KEYS = 32
+"""Groups of keys in the smallest tile of coarse scores."""
 FEW_ROWS = 64
 """Up to so many rows (queries x heads of a group) a query tile is cut to what there is."""
 
@@ -65,6 +68,8 @@ def default(spec: KernelSpec, rows: int, on: Chip = HOPPER) -> Config:
     """Tiles, warps and stages to begin with for `rows` rows of queries, smaller for 32 bits than for 16."""
     if spec.phase in ("combine", "delta"):
         return Config(16 if spec.phase == "combine" else 64, 16, 4, 1)
+    if spec.phase in ("antidiagonal", "mass", "means", "columns"):
+        return _coarse(spec, rows, on)
     if on is INSTINCT:
         return _instinct(spec, rows)
     table = _TABLES.get(spec.phase) or (_FORWARD if rows > FEW_ROWS else _FEW if rows > 32 else _DECODE)
@@ -80,6 +85,23 @@ def default(spec: KernelSpec, rows: int, on: Chip = HOPPER) -> Config:
     if spec.dtype == "fp32":
         config = config._replace(rows=max(16, config.rows // 2), keys=max(16, config.keys // 2), stages=1)
     return config
+
+
+def _coarse(spec: KernelSpec, rows: int, on: Chip) -> Config:
+    """Tiles of the kernels that score blocks and columns."""
+    least = max(SMALLEST, 1 << max(0, rows - 1).bit_length())
+    if spec.phase == "mass":
+        return Config(16, 64, 4, 1)
+    if spec.phase == "means":
+        return Config(min(64, least), 16, 4, 1)
+    if spec.phase == "columns":
+        return Config(least, least, 4 if least <= 64 and spec.dtype != "fp32" else 8, 1)
+    config = Config(*_COARSE[min(size for size in _COARSE if size >= width(spec))])
+    if on is INSTINCT:
+        config = Config(64, 32, 4, 1)
+    elif spec.dtype == "fp32":
+        config = Config(32, 64, 8, 1)
+    return config._replace(rows=min(config.rows, least))
 
 
 def _instinct(spec: KernelSpec, rows: int) -> Config:

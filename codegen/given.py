@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from codegen import lists_launch
 from codegen.lists import Lists, Tiling, lists
 from codegen.loops import TABLE
 from codegen.options import Options
 from codegen.spec import KernelSpec
 from rewrite.mask import Mask
+from rewrite.mask.terms import FAR
 
-FAR = 2**30
-"""Farther than any position, with room for sums in 32 bits."""
 KEPT = 32
 """Lists that are kept for another call: one for each kernel of some layers."""
 
@@ -56,25 +56,23 @@ def _by_key(bias: Tensor, keys: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def table_values(mask: Mask, device: torch.device) -> dict[str, Any]:
-    """The mask's tables on the device by argument, and their sizes."""
+def own_tables(mask: Mask, device: torch.device) -> dict[str, Tensor]:
+    """The mask's tables on the device as kernels take them, without those that it only declares."""
+    clipped = {name: np.clip(np.ascontiguousarray(table), -FAR, FAR) for name, table in mask.tables.items()}
+    return {name: torch.from_numpy(table.astype(np.int32)).to(device) for name, table in clipped.items() if table.size}
+
+
+def table_values(tables: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tables by argument, and their sizes."""
     values: dict[str, Any] = {}
-    for name, table in mask.tables.items():
-        entries = np.clip(np.ascontiguousarray(table), -FAR, FAR).astype(np.int32)
-        values[TABLE + name] = torch.from_numpy(entries).to(device)
-        values |= {f"{TABLE}{name}_n{axis}": size for axis, size in enumerate(entries.shape)}
+    for name, table in tables.items():
+        values[TABLE + name] = table
+        values |= {f"{TABLE}{name}_n{axis}": size for axis, size in enumerate(table.shape)}
     return values
 
 
-def list_values(
-    mask: Mask, spec: KernelSpec, q: Tensor, k: Tensor, lengths: tuple[Tensor, Tensor] | None
-) -> dict[str, Any]:
+def list_values(found: Lists) -> dict[str, Any]:
     """A kernel's lists of tiles by argument: counts and numbers, where rows of them begin, how wide they are."""
-    at = _tiling(mask, spec, q, k)
-    if lengths is None:
-        found = _lists(mask, spec.phase == "dkdv", at, q.device)
-    else:
-        found = _by_row(mask, spec.phase == "dkdv", at, lengths, q.device)
     rows, heads, tiles = found.full_counts.shape
     values: dict[str, Any] = {"full_counts": found.full_counts, "full_list": found.full}
     values |= {"masked_counts": found.masked_counts, "masked_list": found.masked}
@@ -82,7 +80,8 @@ def list_values(
     return values | {"full_width": found.full.shape[-1], "masked_width": found.masked.shape[-1]}
 
 
-def _tiling(mask: Mask, spec: KernelSpec, q: Tensor, k: Tensor) -> Tiling:
+def tiling(mask: Mask, spec: KernelSpec, q: Tensor, k: Tensor) -> Tiling:
+    """The tiles that a kernel's lists are of."""
     rows, keys = spec.tiles
     queries = rows // spec.group if spec.packed else rows
     batch = q.shape[0] if mask.per_row else 1
@@ -90,31 +89,12 @@ def _tiling(mask: Mask, spec: KernelSpec, q: Tensor, k: Tensor) -> Tiling:
 
 
 @lru_cache(maxsize=KEPT)
-def _lists(mask: Mask, over_queries: bool, at: Tiling, device: torch.device) -> Lists:
-    tables = {name: torch.from_numpy(np.ascontiguousarray(table)).to(device) for name, table in mask.tables.items()}
-    return lists(mask, "q" if over_queries else "k", at, tables)
+def own_lists(mask: Mask, over_queries: bool, at: Tiling, device: torch.device) -> Lists:
+    """The lists of a mask that has all its tables, kept for the layers of a model."""
+    return made(mask, over_queries, at, own_tables(mask, device))
 
 
-def _by_row(mask: Mask, over_queries: bool, at: Tiling, lengths: tuple[Tensor, Tensor], device: torch.device) -> Lists:
-    """Rows of other lengths have their tiles at other positions: each row's own lists, side by side."""
-    fixed = -(-at.keys // at.tile_k) if over_queries else -(-at.queries // at.tile_q)
-    found: list[tuple[Tensor, ...]] = []
-    for row, (queries, keys) in enumerate(zip(*(x.tolist() for x in lengths), strict=True)):
-        if queries and keys:
-            made = _lists(mask, over_queries, replace(at, queries=queries, keys=keys), device)
-            own = slice(row, row + 1) if at.rows > 1 else slice(0, 1)
-            found.append(tuple(x[own] for x in (made.full_counts, made.full, made.masked_counts, made.masked)))
-        else:
-            counts = torch.zeros(1, at.heads, fixed, dtype=torch.int32, device=device)
-            found.append((counts, counts[..., None], counts, counts[..., None]))
-    sizes = [(fixed,), (fixed, 1), (fixed,), (fixed, 1)]
-    for i in (1, 3):
-        sizes[i] = (fixed, max(x[i].shape[-1] for x in found))
-    return Lists(*(torch.cat([_wider(x[i], sizes[i]) for x in found]) for i in range(4)))
-
-
-def _wider(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Filled up with zeros at the ends of its last axes."""
-    made = x.new_zeros(*x.shape[: -len(sizes)], *sizes)
-    made[tuple(slice(n) for n in x.shape)] = x
-    return made
+def made(mask: Mask, over_queries: bool, at: Tiling, tables: Mapping[str, Tensor]) -> Lists:
+    """The lists of a mask by its tables, by a kernel where it can."""
+    refused = lists_launch.refuse(mask, at, next(iter(tables.values())).device)
+    return (lists if refused else lists_launch.lists)(mask, "q" if over_queries else "k", at, tables)

@@ -5,10 +5,9 @@ Tensors are (batch, heads, tokens, dim); fewer kv heads and another value dim ar
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -16,23 +15,27 @@ from torch import Tensor
 
 from codegen import chip
 from codegen.chip import Config
-from codegen.compiled import function
-from codegen.compiled import options as compile_options
-from codegen.given import in_rows, list_values, strides, table_values, tensor_values
+from codegen.given import (
+    in_rows,
+    list_values,
+    made,
+    own_lists,
+    own_tables,
+    strides,
+    table_values,
+    tensor_values,
+    tiling,
+)
+from codegen.lists import narrowed
 from codegen.loops import pattern
 from codegen.options import Options
+from codegen.run import interpreting, run
 from codegen.schedule import schedule
-from codegen.spec import DType, KernelSpec, Phase
-from codegen.triton import arguments
+from codegen.spec import DType, KernelSpec, Phase, leads
 from codegen.tune import bucket, fastest, store, tuned
 from rewrite.mask import Mask
 
-_DTYPES: dict[torch.dtype, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-def interpreting() -> bool:
-    """Whether Triton was told to interpret kernels, on tensors of the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES: dict[torch.dtype, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 MOST_SHARES = 128
@@ -49,6 +52,7 @@ class Call:
     mask: Mask
     options: Options
     configs: Mapping[str, Config]
+    given: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def group(self) -> int:
@@ -58,14 +62,14 @@ class Call:
     @property
     def dtype(self) -> DType:
         """Of queries, keys and values."""
-        return _DTYPES[self.q.dtype]
+        return DTYPES[self.q.dtype]
 
     @property
     def latent(self) -> bool:
         """Values are the keys' first columns, in memory."""
         k, v = self.k, self.v
         same = k.data_ptr() == v.data_ptr() != 0 and k.stride() == v.stride()
-        return same and k.shape[:-1] == v.shape[:-1] and v.shape[-1] <= k.shape[-1]
+        return same and k.shape[:-1] == v.shape[:-1] and leads(v.shape[-1], k.shape[-1])
 
     @property
     def listed(self) -> bool:
@@ -74,11 +78,23 @@ class Call:
 
     def values(self) -> dict[str, Any]:
         """Arguments of all its kernels by name."""
-        return tensor_values(self.q, self.k, self.v, self.options) | table_values(self.mask, self.q.device)
+        return tensor_values(self.q, self.k, self.v, self.options) | table_values(self.tables)
+
+    @cached_property
+    def tables(self) -> dict[str, Tensor]:
+        """The mask's tables on the device, its own and those that are given in their place."""
+        return own_tables(self.mask, self.q.device) | {name: narrowed(table) for name, table in self.given.items()}
 
     def lists(self, spec: KernelSpec) -> dict[str, Any]:
         """The lists that a kernel of this spec reads, none where its tiles are closed forms."""
-        return list_values(self.mask, spec, self.q, self.k, self.options.lengths) if self.listed else {}
+        if not self.listed:
+            return {}
+        at, over_queries = tiling(self.mask, spec, self.q, self.k), spec.phase == "dkdv"
+        if not self.given and self.options.lengths is None:
+            return list_values(own_lists(self.mask, over_queries, at, self.q.device))
+        if self.options.lengths is not None:
+            at = replace(at, rows=len(self.q), lengths=self.options.lengths)
+        return list_values(made(self.mask, over_queries, at, self.tables))
 
     def spec(self, phase: Phase, **more: Any) -> KernelSpec:
         """The spec of one of the kernels, with its tiles."""
@@ -123,26 +139,21 @@ def placed(spec: KernelSpec, queries: int, config: Config | None) -> KernelSpec:
     return spec.with_config(config or tuned(spec, queries) or chip.default(spec, queries, _chip()))
 
 
-@cache
-def _names(spec: KernelSpec) -> tuple[str, ...]:
-    return tuple(a.name for a in arguments(spec))
-
-
-def run(spec: KernelSpec, grid: tuple[int, int, int], values: Mapping[str, Any]) -> None:
-    """Launches the kernel over `grid`, its arguments taken from `values` by name."""
-    if all(grid):
-        with torch.cuda.device_of(values["Q"]):
-            function(spec)[grid](*(values[name] for name in _names(spec)), **compile_options(spec))
-
-
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, configs: Mapping[str, Config] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    options: Options,
+    configs: Mapping[str, Config] | None = None,
+    tables: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, T, Dv) and log-sum-exp (B, H, T) in fp32; rows with nothing to read give 0 and -inf.
 
-    `configs`: tiles by phase, in place of the default ones.
+    `configs`: tiles by phase, in place of the default ones. `tables`: integers on the device of q, in place of the
+    mask's own of these names.
     """
-    call = _call(q, k, v, mask, options, configs)
+    call = _call(q, k, v, mask, options, configs, tables)
     batch, heads, queries, _ = call.q.shape
     out = call.q.new_empty(batch, heads, queries, v.shape[-1])
     lse = call.q.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -205,9 +216,10 @@ def backward(
     options: Options,
     bias_grad: bool = False,
     configs: Mapping[str, Config] | None = None,
+    tables: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Gradients "q", "k", "v", "sinks" where there are some, and "bias" where it is asked for."""
-    call = _call(q, k, v, mask, options, configs)
+    call = _call(q, k, v, mask, options, configs, tables)
     batch, heads, queries, dim = call.q.shape
     keys, dv, kv_heads = k.shape[2], v.shape[-1], k.shape[1]
     level, delta = torch.empty_like(lse), torch.empty_like(lse)
@@ -239,17 +251,25 @@ def _beside(options: Options, values: Mapping[str, Any], lse: Tensor, delta: Ten
     return found
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, configs: Mapping[str, Config] | None) -> Call:
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    options: Options,
+    configs: Mapping[str, Config] | None,
+    tables: Mapping[str, Tensor] | None = None,
+) -> Call:
     """The tensors as kernels take them, or a refusal."""
     reason = refuse(q, k, v, options)
     if reason is not None:
         raise ValueError(reason)
-    return Call(in_rows(q), in_rows(k), in_rows(v), mask, options, configs or {})
+    return Call(in_rows(q), in_rows(k), in_rows(v), mask, options, configs or {}, tables or {})
 
 
 def refuse(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
     """Why the kernels cannot run on these tensors, or None."""
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"kernels are generated for fp16, bf16 and fp32, and the queries are {q.dtype}"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return f"queries, keys and values are of one type, and these are {q.dtype}, {k.dtype}, {v.dtype}"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +21,23 @@ from torch.library import custom_op
 
 from codegen import cpu, cpu_backward
 from codegen.options import Options
-from rewrite.mask import At, Mask, b, h, parse
+from rewrite.mask import At, Mask, Table, b, h, parse
 
 
-def call(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options) -> Tensor:
-    """o (b, h, t, dv): the operator on a mask and options. Compilers trace it; the mask must exist before they do."""
-    tables = [torch.from_numpy(mask.tables[name]) for name in mask.apart]
-    return attention(q, k, v, mask.spelled, ",".join(mask.apart), tables, *_spread(options))[0]
+def call(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, given: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """o (b, h, t, dv): the operator on a mask and options. Compilers trace it; the mask must exist before they do.
+
+    `given`: tables of the mask by name, on the device of q, in place of its own.
+    """
+    by_name = {**(given or {})}
+    for name in mask.apart:
+        if name not in by_name:
+            table = torch.from_numpy(mask.tables[name])
+            # a graph's tables are where it runs; elsewhere equal tables are known by what they hold
+            by_name[name] = table.to(q.device) if torch.compiler.is_compiling() else table
+    return attention(q, k, v, mask.spelled, ",".join(by_name), list(by_name.values()), *_spread(options))[0]
 
 
 def _spread(options: Options) -> tuple[Any, ...]:
@@ -48,23 +59,49 @@ class _Content:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the table."""
+        return self.array.shape
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """A table that stays on its device: equal to others of its shape."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def array(self) -> Table:
+        """No entries, of as many axes."""
+        return np.empty((0,) * len(self.shape), np.int8)
+
 
 @lru_cache(maxsize=256)
-def _parsed(text: str, names: str, tables: tuple[_Content, ...], rows: int, heads: int) -> Mask:
+def _parsed(text: str, names: str, tables: tuple[_Content | _Declared, ...], rows: int, heads: int) -> Mask:
     algebra, _, small = text.partition(" where ")
     known = {name: np.asarray(table, dtype=np.int64) for name, table in json.loads(small or "{}").items()}
-    mask = parse(algebra, known | dict(zip(names.split(","), (t.array for t in tables), strict=False)))
+    sent = dict(zip(names.split(","), tables, strict=False))
+    mask = parse(algebra, known | {name: table.array for name, table in sent.items()})
     for entry in mask.keep.atoms(At):
-        for index, size in zip(entry.args[1:], mask.tables[str(entry.args[0])].shape, strict=True):
+        name = str(entry.args[0])
+        for index, size in zip(entry.args[1:], (sent.get(name) or known[name]).shape, strict=True):
             for letter, count, what in ((h, heads, "query heads"), (b, rows, "rows of the batch")):
                 if index == letter and size != count:
-                    raise ValueError(f"mask {text} reads {entry.args[0]} of {size} {what}, and there are {count}")
+                    raise ValueError(f"mask {text} reads {name} of {size} {what}, and there are {count}")
     return mask
 
 
 def _mask(q: Tensor, text: str, names: str, tables: Sequence[Tensor]) -> Mask:
-    """The mask that was sent, the same object for equal text and tables."""
-    return _parsed(text, names, tuple(map(_Content, tables)), *q.shape[:2])
+    """The mask that was sent, the same object for equal text and tables; what is on another device than the CPU it
+    declares only."""
+    kept = (_Content(t) if t.device.type == "cpu" else _Declared(tuple(t.shape)) for t in tables)
+    return _parsed(text, names, tuple(kept), *q.shape[:2])
+
+
+def _beside(names: str, tables: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tables that `_mask` declares."""
+    return {n: t for n, t in zip(names.split(","), tables, strict=False) if t.device.type != "cpu"}
 
 
 def _options(
@@ -104,7 +141,7 @@ def attention(
     from codegen import launch
 
     options = _options(scale, softcap, bias, slopes, sinks, query_lengths, key_lengths)
-    return launch.forward(q, k, v, _mask(q, mask, names, tables), options)
+    return launch.forward(q, k, v, _mask(q, mask, names, tables), options, tables=_beside(names, tables))
 
 
 def _attention_cpu(
@@ -142,7 +179,8 @@ def attention_backward(
     from codegen import launch
 
     options = _options(scale, softcap, bias, slopes, sinks, query_lengths, key_lengths)
-    found = launch.backward(grad, q, k, v, o, lse, _mask(q, mask, names, tables), options, bias_grad)
+    told = grad, q, k, v, o, lse, _mask(q, mask, names, tables), options, bias_grad
+    found = launch.backward(*told, tables=_beside(names, tables))
     return _five(q, found)
 
 

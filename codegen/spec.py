@@ -11,7 +11,9 @@ from typing import Literal
 
 from rewrite.mask import Mask, all_
 
-Phase = Literal["forward", "decode", "combine", "delta", "dkdv", "dq"]
+Phase = Literal[
+    "forward", "decode", "combine", "delta", "dkdv", "dq", "antidiagonal", "mass", "means", "columns", "listk", "listq"
+]
 DType = Literal["fp16", "bf16", "fp32"]
 
 BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -45,14 +47,22 @@ def chunks(dim: int) -> tuple[Chunk, ...]:
     return tuple(found)
 
 
+def leads(dv: int, dqk: int) -> bool:
+    """Whether a head of `dv` is the first chunks of a head of `dqk`."""
+    ours, theirs = ([(c.first, c.size) for c in chunks(dim)] for dim in (dv, dqk))
+    return dv <= dqk and ours == theirs[: len(ours)]
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One kernel. `mask` is a pattern (codegen/loops.py): what tables hold is an argument.
 
     phase: forward reads all keys of a query tile; decode a share of them, and combine merges the shares; delta, dkdv
-    and dq are the backward pass. `dqk`, `dv`: head dims of queries with keys, and of values. `group`: query heads of
-    a kv head; `packed`: the rows of a tile are (query, head of the group). `latent`: values are the first `dv`
-    columns of the keys, which are read once. `tiles`: rows of a query tile, keys of a key tile.
+    and dq are the backward pass; antidiagonal, mass, means and columns score blocks of `block` tokens in groups of
+    `stride`, or columns (codegen/triton_coarse.py); listk and listq list tiles (codegen/triton_lists.py). `dqk`, `dv`:
+    head dims of queries with keys, and of values. `group`: query heads of a kv head; `packed`: the rows of a tile are
+    (query, head of the group). `latent`: values are the first `dv` columns of the keys, which are read once. `tiles`:
+    rows of a query tile, keys of a key tile.
     `upcast`: multiply in fp32 (the interpreter cannot multiply bf16).
     """
 
@@ -74,6 +84,8 @@ class KernelSpec:
     warps: int = 4
     stages: int = 2
     upcast: bool = False
+    block: int = 1
+    stride: int = 1
 
     def __post_init__(self) -> None:
         reason = _refuse(self)
@@ -110,6 +122,11 @@ class KernelSpec:
         return BYTES[self.dtype]
 
     @property
+    def cells(self) -> int:
+        """Groups of a block."""
+        return self.block // self.stride
+
+    @property
     def modified(self) -> bool:
         """Scores are more than a scaled product."""
         return self.softcap or self.alibi or self.bias
@@ -127,8 +144,12 @@ def _refuse(spec: KernelSpec) -> str | None:
     rows, keys = spec.tiles
     if any(n < SMALLEST or n & (n - 1) for n in (rows, keys)):
         return f"tiles are powers of two of at least {SMALLEST}, and these are {rows}x{keys}"
-    if spec.latent and spec.dv > spec.dqk:
-        return f"values cannot be the first {spec.dv} columns of keys that have {spec.dqk}"
+    if spec.latent and not leads(spec.dv, spec.dqk):
+        return f"values cannot be the first {spec.dv} columns of keys that have {spec.dqk}, which are cut elsewhere"
+    if spec.phase in ("antidiagonal", "mass") and (spec.block % spec.stride or keys % spec.cells):
+        return f"blocks of {spec.block} in groups of {spec.stride} do not divide tiles of {keys} groups"
+    if spec.phase == "columns" and rows != keys:
+        return f"diagonals of {rows} queries need tiles of as many keys, and these have {keys}"
     if spec.dbias and spec.phase != "dq":
         return f"the gradient of a bias is written by dq, not by {spec.phase}"
     return None

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from codegen.spec import Argument, KernelSpec
 from codegen.triton_backward import backward_arguments, dkdv_source, dq_source
+from codegen.triton_coarse import (
+    antidiagonal_arguments,
+    antidiagonal_source,
+    columns_arguments,
+    columns_source,
+    mass_arguments,
+    mass_source,
+    means_arguments,
+    means_source,
+)
 from codegen.triton_forward import forward_arguments, forward_source
+from codegen.triton_lists import list_arguments, list_source
 from codegen.triton_rows import combine_arguments, combine_source, delta_arguments, delta_source
 
 _FORMS = {
@@ -14,6 +25,12 @@ _FORMS = {
     "delta": (delta_source, delta_arguments),
     "dkdv": (dkdv_source, backward_arguments),
     "dq": (dq_source, backward_arguments),
+    "antidiagonal": (antidiagonal_source, antidiagonal_arguments),
+    "mass": (mass_source, mass_arguments),
+    "means": (means_source, means_arguments),
+    "columns": (columns_source, columns_arguments),
+    "listk": (list_source, list_arguments),
+    "listq": (list_source, list_arguments),
 }
 
 

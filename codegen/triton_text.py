@@ -85,11 +85,11 @@ def narrow(spec: KernelSpec, name: str) -> str:
     return name if spec.dtype == "fp32" else f"{name}.to({TRITON[spec.dtype]})"
 
 
-def product(spec: KernelSpec, name: str, left: str, right: str, dim: int) -> list[str]:
-    """`name` = left @ right^T over a head of `dim`, chunk after chunk."""
+def product(spec: KernelSpec, name: str, left: str, right: str, dim: int, start: str | None = None) -> list[str]:
+    """`name` = start + left @ right^T over a head of `dim`, chunk after chunk."""
     lines: list[str] = []
     for i in range(len(chunks(dim))):
-        onto = name if i else None
+        onto = name if i else start
         lines.append(f"{name} = {dot(spec, f'{left}_{i}', f'tl.trans({right}_{i})', onto)}")
     return lines
 

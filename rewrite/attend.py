@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ def attention(
     bias: Tensor | Alibi | None = None,
     sinks: Tensor | None = None,
     lengths: Tensor | tuple[Tensor, Tensor] | None = None,
+    tables: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """softmax(softcap * tanh(scale * q k^T / softcap) + bias, where mask) v; only what the mask allows is computed.
 
@@ -47,9 +48,13 @@ def attention(
     others are padding at the end: with as many queries as keys these end where the keys do, else all queries stand at
     the end of the row's keys; or it is a pair, the queries' lengths and the keys'. What may read nothing gives zeros.
 
+    `tables` are integers that the mask reads by name, on the device of q, in place of its own: what a rule of
+    codegen/select.py chose at run time goes to the kernels without leaving the GPU. A compiled graph copies tables of
+    the mask's own that are too large to be spelled to its device each time, unless they are given here.
+
     Raises BadUsage, a sentence, for what does not fit.
     """
-    reason = refuse(q, k, v, softcap, bias, sinks, lengths)
+    reason = refuse(q, k, v, softcap, bias, sinks, lengths) or _refuse_tables(q, mask, tables or {})
     if reason is not None:
         raise BadUsage("attention", reason)
     slopes = None
@@ -58,7 +63,7 @@ def attention(
     options = Options(
         q.shape[-1] ** -0.5 if scale is None else float(scale), softcap, bias, slopes, sinks, _both(q, k, lengths)
     )
-    return ops.call(q, k, v, mask, options)
+    return ops.call(q, k, v, mask, options, tables)
 
 
 def _both(q: Tensor, k: Tensor, lengths: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
@@ -128,4 +133,19 @@ def _refuse_options(
     for given in lengths if isinstance(lengths, tuple) else (lengths,):
         if given is not None and (given.shape != (batch,) or given.is_floating_point()):
             return f"lengths are whole numbers, one for each of {batch} rows, not {tuple(given.shape)} of {given.dtype}"
+    return None
+
+
+def _refuse_tables(q: Tensor, mask: Mask, tables: Mapping[str, Tensor]) -> str | None:
+    for name in mask.declared:
+        if name not in tables:
+            return f"the mask {mask} only declares its table {name}: give its numbers in `tables`"
+    for name, table in tables.items():
+        if name not in mask.axes:
+            return f"the mask {mask} reads no table {name}, it reads {', '.join(sorted(mask.axes)) or 'none'}"
+        if table.is_floating_point() or table.device != q.device:
+            return f"tables are whole numbers on {q.device}, and {name} is {table.dtype} on {table.device}"
+        if table.ndim != mask.axes[name]:
+            have, want = table.ndim, mask.axes[name]
+            return f"the mask {mask} reads its table {name} by {want} indices, and what is given has {have} axes"
     return None

@@ -33,6 +33,7 @@ class Mask:
     `origin` says what the mask hangs on in the model. With "parameters" or "input" the model's own operand rules
     and the predicate is only what it was on the example. `tables` hold what comes from data: the predicate reads
     them by name (`at("window", h)`), so masks that differ in their numbers alone share one predicate, and one kernel.
+    A table without entries, of as many axes, is declared: its numbers are given where the mask is used.
     """
 
     name: str
@@ -41,19 +42,16 @@ class Mask:
     tables: Mapping[str, Table] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        read = {str(x.args[0]): len(x.args) - 1 for x in self.keep.atoms(At)}
-        for name, axes in read.items():
+        for name, axes in self.axes.items():
             have = np.ndim(self.tables[name]) if name in self.tables else None
             if have != axes:
                 what = "is not given" if have is None else f"has {have}"
                 raise ValueError(f"mask {self.name} reads table {name} by {axes} indices, and it {what}")
-        extra = set(self.tables) - set(read)
+        extra = set(self.tables) - set(self.axes)
         if extra:
             raise ValueError(f"mask {self.name} does not read its tables {', '.join(sorted(extra))}")
-        _ = (
-            self.apart,
-            self.spelled,
-        )  # torch.compile reads them off the object, and cannot follow their making
+        # torch.compile reads them off the object, and cannot follow their making
+        _ = self.apart, self.spelled, self.declared
 
     def __and__(self, other: Mask) -> Mask:
         return _join("&", self, other)
@@ -99,8 +97,18 @@ class Mask:
 
     @cached_property
     def apart(self) -> tuple[str, ...]:
-        """Tables that are too large to be spelled."""
-        return tuple(n for n in sorted(self.tables) if np.size(self.tables[n]) > SPELLED)
+        """Tables that are too large to be spelled, or declared."""
+        return tuple(n for n in sorted(self.tables) if not 0 < np.size(self.tables[n]) <= SPELLED)
+
+    @cached_property
+    def axes(self) -> dict[str, int]:
+        """By how many indices each table is read."""
+        return {str(x.args[0]): len(x.args) - 1 for x in self.keep.atoms(At)}
+
+    @cached_property
+    def declared(self) -> tuple[str, ...]:
+        """Tables without entries, whose numbers are given where the mask is used."""
+        return tuple(n for n in sorted(self.tables) if not np.size(self.tables[n]))
 
     @property
     def is_all(self) -> bool:

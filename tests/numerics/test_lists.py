@@ -94,6 +94,26 @@ def test_lists_of_random_masks_are_sound() -> None:
         check(found, OVER[int(rng.integers(2))], Tiling(queries, keys, *tiles, 2, 3), False)
 
 
+def test_heads_that_go_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are more pairs of tiles than are held at once the lists are the same."""
+    at = Tiling(48, 48, 8, 4, 2, 3)
+    for name in ("causal blocks", "far key", "streaming or blocks"):
+        whole = chosen(lists(MASKS[name], "k", at), (2, 3, 6, 12))
+        with monkeypatch.context() as patch:
+            patch.setattr("codegen.lists.HELD", 300)
+            parts = chosen(lists(MASKS[name], "k", at), (2, 3, 6, 12))
+        assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_spans_of_a_table_are_two_looks() -> None:
+    """Columns and diagonals: the extremes over many entries at once, at every width of a span."""
+    tables = {"column": RNG.random(70) < 0.2, "back": RNG.random(70) < 0.2}
+    lines = mask(lambda b, h, q, k: (k <= q) & ((at("column", k) == 1) | (at("back", q - k) == 1)), "lines", tables)
+    for tile_q, tile_k in ((1, 1), (4, 2), (7, 16), (32, 5)):
+        for queries, keys in ((70, 70), (33, 64)):
+            check(lines, "k", Tiling(queries, keys, tile_q, tile_k), tight=tile_q == tile_k == 1)
+
+
 def test_blocks_are_listed_and_cost_one_look_each() -> None:
     table = np.random.default_rng(0).random((4, 256, 256)) < 0.1
     found = causal & blocks(table, 64)

@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 from codegen import ops, oracle
 from codegen.options import Options
+from codegen.select import Antidiagonal
 from rewrite import Alibi, attention
 from rewrite.mask import Mask, all_, causal, documents, mask, sink, streaming, window
 
@@ -72,6 +73,50 @@ def test_one_graph_serves_all_lengths(options: dict[str, Any]) -> None:
         given = tensors(queries, keys)
         torch.testing.assert_close(compiled(*given), model(*given))
     assert len(graphs) == 1
+
+
+def test_a_selection_in_a_compiled_model() -> None:
+    """Tables are arguments of the graph: what is chosen for other tokens is read by the same one."""
+    rule = Antidiagonal(0.6, 16, 4)
+
+    def model(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return attention(q, k, v, algebra, tables={"block": table})
+
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (80, 96):
+        q, k, v = tensors(tokens, tokens)
+        found = rule(4 * q, k)
+        algebra, table = found.selection.algebra, found.selection.tables["block"]
+        wanted = torch.autograd.grad(attention(q, k, v, found.mask()).sin().sum(), (q, k, v))
+        for each in (model, compiled):
+            got = torch.autograd.grad(each(q, k, v, table).sin().sum(), (q, k, v))
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b)
+        assert 0 < found.density < 1
+    assert len(graphs) == 1
+
+
+def test_tables_on_another_device_are_not_read() -> None:
+    """The operator's mask declares them, by shape, and they go beside it; those on the CPU are part of it."""
+    q, chosen = torch.zeros(2, 4, 32, 16), Antidiagonal(0.6, 16, 4)(drawn(2, 4, 32, 16), drawn(2, 2, 32, 16)).selection
+    there = chosen.tables["block"].to("meta")
+    found = ops._mask(q, chosen.algebra.spelled, "block", [there])
+    assert found.declared == ("block",)
+    assert found.keep == chosen.algebra.keep
+    assert ops._mask(q, chosen.algebra.spelled, "block", [there.clone()]) is found
+    assert ops._beside("block", [there]) == {"block": there}
+    with pytest.raises(ValueError, match="reads block of 2 rows of the batch, and there are 3"):
+        ops._mask(q[:1].expand(3, -1, -1, -1), chosen.algebra.spelled, "block", [there])
+    here = ops._mask(q, chosen.algebra.spelled, "block", [chosen.tables["block"]])
+    assert not here.declared
+    assert ops._beside("block", [chosen.tables["block"]]) == {}
 
 
 def test_gradients_of_a_compiled_model() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from codegen import oracle
 from codegen.options import Options
 from rewrite import Alibi, ReattnError, attention
 from rewrite.errors import BadUsage
-from rewrite.mask import causal, window
+from rewrite.mask import at, causal, mask, window
 
 torch.set_num_threads(1)
 
@@ -60,6 +61,37 @@ REFUSED: dict[str, tuple[list[Any], dict[str, Any], str]] = {
         "lengths are whole numbers, one for each of 2 rows, not (2,) of torch.float32",
     ),
 }
+
+LATER = mask(lambda b, h, q, k: (k <= q) & (q - k < at("near", h)), "later", {"near": np.empty(0, np.int8)})
+TABLES: dict[str, tuple[Any, dict[str, Tensor], str]] = {
+    "missing": (LATER, {}, "the mask later only declares its table near: give its numbers in `tables`"),
+    "unread": (causal, {"near": torch.ones(4)}, "the mask causal reads no table near, it reads none"),
+    "floating": (LATER, {"near": torch.ones(4)}, "tables are whole numbers on cpu, and near is torch.float32 on cpu"),
+    "axes": (
+        LATER,
+        {"near": torch.ones(4, 2).int()},
+        "the mask later reads its table near by 1 indices, and what is given has 2 axes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_that_do_not_fit_are_a_sentence(name: str) -> None:
+    chosen, tables, sentence = TABLES[name]
+    with pytest.raises(BadUsage) as caught:
+        attention(Q, K, V, chosen, tables=tables)
+    assert caught.value.what == sentence
+
+
+def test_tables_take_the_place_of_the_masks_own() -> None:
+    """Declared ones and others alike; the sizes of what is given are checked."""
+    near = torch.tensor([1, 2, 3, 9])
+    own = mask(lambda b, h, q, k: (k <= q) & (q - k < at("near", h)), "own", {"near": np.array([1, 1, 1, 1])})
+    written = mask(lambda b, h, q, k: (k <= q) & (q - k < at("near", h)), "written", {"near": near.numpy()})
+    for chosen in (LATER, own):
+        torch.testing.assert_close(attention(Q, K, V, chosen, tables={"near": near}), attention(Q, K, V, written))
+    with pytest.raises(ValueError, match="reads near of 3 query heads, and there are 4"):
+        attention(Q, K, V, LATER, tables={"near": near[:3]})
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -13,7 +13,7 @@ import torch
 from codegen import chip, launch, tune
 from codegen.chip import HOPPER, INSTINCT, Config
 from codegen.compiled import written
-from codegen.given import in_rows, list_values, strides, tensor_values
+from codegen.given import in_rows, strides, tensor_values
 from codegen.loops import loops, pattern
 from codegen.options import Options
 from codegen.spec import KernelSpec, Phase, chunks
@@ -246,8 +246,8 @@ def test_lists_of_rows_of_other_lengths():
     q, k = torch.zeros(3, 1, 48, 16), torch.zeros(3, 1, 48, 16)
     spec = KernelSpec("forward", "fp16", 16, 16, pattern(listed), tiles=(16, 16), lengths=True)
     lengths = torch.tensor([48, 16, 0]), torch.tensor([48, 32, 20])
-    found = list_values(listed, spec, q, k, lengths)
+    found = launch.Call(q, k, k, listed, Options(1.0, lengths=lengths), {}).lists(spec)
     assert found["list_b"] == 3
     assert (found["full_counts"] + found["masked_counts"]).flatten().tolist() == [1, 1, 2, 1, 0, 0, 0, 0, 0]
-    alone = list_values(listed, spec, q, k, None)
+    alone = launch.Call(q, k, k, listed, Options(1.0), {}).lists(spec)
     assert alone["list_b"] == alone["list_h"] == 0

@@ -101,7 +101,9 @@ def test_vertical_slash_takes_the_best_columns_and_diagonals() -> None:
         ]
         for i in range(90):
             expected = {j for j in range(i + 1) if j in best[0] or i - j in best[1]}
-            assert set(torch.tensor(found.table(90, 90, head, batch))[i].nonzero().flatten().tolist()) == expected
+            assert (
+                set(torch.tensor(found.mask().table(90, 90, head, batch))[i].nonzero().flatten().tolist()) == expected
+            )
 
 
 @pytest.mark.parametrize("rule", [Antidiagonal(0.6, 32, 8), Pooled(count=2, block=32)])
@@ -110,7 +112,7 @@ def test_blocks_as_a_mask(rule: Antidiagonal | Pooled, queries: int, keys: int) 
     """The mask reads what the blocks say, also for queries that stand behind a cache."""
     q, k = drawn(queries, keys)
     found = rule(q, k)
-    table = found.table()
+    table = found.table
     at_q = torch.arange(queries)[:, None] + keys - queries
     for head in range(4):
         wide = table[1, head].repeat_interleave(32, 0)[:queries].repeat_interleave(32, 1)[:, :keys]
@@ -123,7 +125,7 @@ def test_chunks_of_a_prompt_choose_what_the_whole_prompt_chooses() -> None:
     """The last queries alone over all keys give the last rows of the whole: no row hangs on another."""
     q, k = drawn(128)
     rule = Antidiagonal(0.7, 32, 8)
-    whole, part = rule(q, k).table(), rule(q[:, :, 64:], k).table()
+    whole, part = rule(q, k).table, rule(q[:, :, 64:], k).table
     assert torch.equal(whole[:, :, 2:], part)
 
 
@@ -131,7 +133,7 @@ def test_many_rows_are_scored_in_parts() -> None:
     """More rows of blocks than are held at once; a threshold of 1 keeps all, a count keeps no more than it says."""
     q, k = drawn(4 * 40)
     everything = Antidiagonal(1.0, 4, 2)(q, k)
-    assert torch.equal(everything.table()[0, 0], torch.ones(40, 40, dtype=torch.bool).tril())
+    assert torch.equal(everything.table[0, 0], torch.ones(40, 40, dtype=torch.bool).tril())
     assert int(Pooled(count=5, block=4)(q, k).counts.max()) == 5
 
 
@@ -139,7 +141,7 @@ def test_many_rows_are_scored_in_parts() -> None:
 def test_attention_over_a_selection(rule: Antidiagonal | Pooled | VerticalSlash) -> None:
     q, k = drawn(200)
     found = rule(q, k)
-    chosen = found.mask() if isinstance(found, Blocks) else found
+    chosen = found.mask()
     expected, _ = oracle.attention(q, k, k, chosen, Options(0.3))
     torch.testing.assert_close(attention(q, k, k, chosen, scale=0.3), expected)
     dense, _ = oracle.attention(q, k, k, causal, Options(0.3))
