@@ -28,7 +28,7 @@ RATES = (1e-2, 2e-3, 4e-4)
 """Steps of Adam relative to the size of a tensor, of which a short run chooses one; they fall along a cosine."""
 SHORT = 8
 """The short run's part of all steps."""
-WINDOWS = 8
+WINDOWS = 16
 """Windows of one step."""
 FLOOR = 1e-2
 """Directions of a tensor's input that hold less of its mean square count as if they held so much."""
