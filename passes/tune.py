@@ -78,7 +78,9 @@ def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tun
     before, after = _judged(tuned, stage, tuned.start), _judged(tuned, stage, learnt)
     if not after < before:
         return replace(made, notes=(*made.notes, f"{site.name}: tuning left out, it gave {after:.3g} not {before:.3g}"))
-    return tuned.done(learnt)
+    # the windows that judged have said what they had to say: the result learns from them too
+    whole = [replace(scene, judges=torch.zeros_like(scene.judges)) for scene in stage]
+    return tuned.done(_learnt(tuned, whole, roots, tuning, rate))
 
 
 def _learnt(
