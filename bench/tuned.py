@@ -20,6 +20,8 @@ from passes.gqa import GQA
 from passes.mla import MLA
 
 STEPS = 200
+SAMPLES = 220
+"""Windows of calibration, all that the text gives: steps fit what few windows happen to hold."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ def page(made: str, samples: int) -> str:
 
 Perplexity of the converted model divided by the original's, on the held-out text beside the models (windows of
 {CONTEXT} tokens, float32), before and after `tune={STEPS}`: so many steps of Adam per site on the site's projections,
-against the original attention's output on the {samples} windows of calibration, site after site in the memory of one.
-No gradient leaves a site. *Excess left*: of what the conversion loses, the part that is still lost. Mean pooling is the
-start that uptraining usually takes; beside it is what the same steps make of it. One process on one core;
-`python -m bench.tuned` writes this page.
+against the original attention's output on {samples} windows of calibration, which the conversion without tuning has
+too; site after site in the memory of one. No gradient leaves a site. *Excess left*: of what the conversion loses, the
+part that is still lost. Mean pooling is the start that uptraining usually takes; beside it is what the same steps make
+of it. One process on one core; `python -m bench.tuned` writes this page.
 
 {made}
 """
@@ -86,7 +88,9 @@ start that uptraining usually takes; beside it is what the same steps make of it
 
 def main() -> None:
     """Measure, print, and write the page where everything was measured."""
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.set_defaults(samples=SAMPLES)
+    args = parser.parse_args()
     torch.set_num_threads(1)
     kinds = tuple(args.only or MODELS)
     made = tables(measured(args.models, kinds, args.samples, args.windows, Ledger(args.results)))

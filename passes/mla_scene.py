@@ -110,18 +110,10 @@ def _queries(batch: SiteBatch, windows: int, every: int, most: int) -> Iterator[
 
 def _scene(batch: SiteBatch, windows: slice, at: Tensor, source: Weights, before: int) -> Scene:
     """Some windows and some of their queries."""
-    count, t = windows.stop - windows.start, batch.q.shape[2]
     seen = trial(batch, windows, at, REAL)
     out = torch.einsum("bhtd,ohd->bto", seen.original(), source.out.to(REAL))
     y = seen.y
-    keep = torch.ones(count, t, dtype=torch.bool)
-    if batch.keep is not None and batch.keep.shape[1] == t:
-        keep = batch.keep[windows]
-    judges = torch.zeros(count, t, dtype=torch.bool)
-    if batch.q.shape[0] == 1:
-        judges[:, t - t // 4 :] = True
-    else:
-        judges[[i for i in range(count) if (before + windows.start + i) % 4 == 3]] = True
+    keep, judges = split(batch, windows, before)
     return Scene(
         batch.site,
         q=seen.q,
@@ -133,8 +125,22 @@ def _scene(batch: SiteBatch, windows: slice, at: Tensor, source: Weights, before
         out=out if source.out_bias is None else out + source.out_bias,
         at=seen.at,
         keep=keep[:, at],
-        judges=(keep & judges)[:, at],
+        judges=judges[:, at],
     )
+
+
+def split(batch: SiteBatch, windows: slice, before: int) -> tuple[Tensor, Tensor]:
+    """(windows, t) queries that count, and those of them that judge; `before`: windows of earlier batches."""
+    count, t = windows.stop - windows.start, batch.q.shape[2]
+    keep = torch.ones(count, t, dtype=torch.bool)
+    if batch.keep is not None and batch.keep.shape[1] == t:
+        keep = batch.keep[windows]
+    judges = torch.zeros(count, t, dtype=torch.bool)
+    if batch.q.shape[0] == 1:
+        judges[:, t - t // 4 :] = True
+    else:
+        judges[[i for i in range(count) if (before + windows.start + i) % 4 == 3]] = True
+    return keep, keep & judges
 
 
 def stage_of(stats: Stats, source: Weights) -> list[Scene]:

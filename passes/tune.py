@@ -17,9 +17,10 @@ from torch import Tensor
 
 from passes import Stats
 from passes.eigen import eigh
-from passes.mla_scene import Scene, scenes
-from passes.tune_heads import HeadsTuned, RowScene, with_rows
+from passes.mla_scene import Scene
+from passes.tune_heads import HeadsTuned
 from passes.tune_latent import LatentTuned
+from passes.tune_scene import RowScene, staged
 from rewrite.heads import Rewritten, Weights
 from rewrite.site import Site
 
@@ -27,9 +28,7 @@ RATES = (1e-2, 2e-3, 4e-4)
 """Steps of Adam relative to the size of a tensor, of which a short run chooses one; they fall along a cosine."""
 SHORT = 8
 """The short run's part of all steps."""
-TOKENS = 1 << 15
-"""Calibration tokens of a site that are held."""
-WINDOWS = 8
+WINDOWS = 16
 """Windows of one step."""
 FLOOR = 1e-2
 """Directions of a tensor's input that hold less of its mean square count as if they held so much."""
@@ -66,35 +65,39 @@ class Tuning:
 
 def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tuning) -> Rewritten:
     """The rewritten site after `tuning.steps` steps; as it was where unseen windows say so."""
-    stage: list[Scene] = [*scenes(stats, source, TOKENS)]
     tuned: Tuned = LatentTuned(made)
     if made.latents is None:
         if any(o.shift is not None for o in (site.q, site.k, site.v)):
             return replace(made, notes=(*made.notes, f"{site.name}: not tuned, a constant follows its projections"))
-        stage = [with_rows(scene, batch) for scene, batch in zip(stage, stats.batches(), strict=False)]
         tuned = HeadsTuned(made, site, source)
+    stage = [*staged(stats, site, source)]
     short = replace(tuning, steps=max(1, tuning.steps // SHORT))
-    rate = min(RATES, key=lambda r: _judged(tuned, stage, _learnt(tuned, stage, short, r)))
-    learnt = _learnt(tuned, stage, tuning, rate)
+    roots = {n: _root(gram) for n, gram in _moments(tuned, stage).items()}
+    rate = min(RATES, key=lambda r: _judged(tuned, stage, _learnt(tuned, stage, roots, short, r)))
+    learnt = _learnt(tuned, stage, roots, tuning, rate)
     before, after = _judged(tuned, stage, tuned.start), _judged(tuned, stage, learnt)
     if not after < before:
         return replace(made, notes=(*made.notes, f"{site.name}: tuning left out, it gave {after:.3g} not {before:.3g}"))
-    return tuned.done(learnt)
+    # the windows that judged have said what they had to say: the result learns from them too
+    whole = [replace(scene, judges=torch.zeros_like(scene.judges)) for scene in stage]
+    return tuned.done(_learnt(tuned, whole, roots, tuning, rate))
 
 
-def _learnt(tuned: Tuned, stage: Sequence[Scene], tuning: Tuning, rate: float) -> dict[str, Tensor]:
+def _learnt(
+    tuned: Tuned, stage: Sequence[RowScene], roots: Mapping[str, Tensor], tuning: Tuning, rate: float
+) -> dict[str, Tensor]:
     """Adam on every tensor over whitened inputs and as a part of its own size, so that one rate serves all."""
     base, inverse, size = dict(tuned.start), dict[str, Tensor](), dict[str, Tensor]()
-    moments = _moments(tuned, stage)
     for name, x in base.items():
-        root = torch.eye(x.shape[-1]) if name not in moments else _root(moments[name])
+        root = roots.get(name, torch.eye(x.shape[-1]))
         size[name] = (x @ root).square().mean().sqrt().clamp(min=1e-8)
         inverse[name] = size[name] * torch.linalg.inv(root)
     moves = {n: torch.zeros_like(x, requires_grad=True) for n, x in base.items()}
     adam = torch.optim.Adam(moves.values(), lr=rate, betas=(0.9, 0.99))
     energy = sum(float((s.out[s.fits].square()).sum()) for s in stage) / max(1, sum(int(s.fits.sum()) for s in stage))
     order = _order(stage, tuning)
-    for step, scene in enumerate(order):
+    for step, (whole, rows) in enumerate(order):
+        scene = _rows(whole, rows)
         for group in adam.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / len(order)))
         now = {n: base[n] + moves[n] @ inverse[n] for n in base}
@@ -123,9 +126,9 @@ def _root(gram: Tensor) -> Tensor:
     return ((vectors * values.sqrt()[..., None, :]) @ vectors.mT).float()
 
 
-def _order(stage: Sequence[Scene], tuning: Tuning) -> list[Scene]:
+def _order(stage: Sequence[RowScene], tuning: Tuning) -> list[tuple[RowScene, list[int]]]:
     """A few windows for every step: all of them, shuffled, over and over."""
-    parts = [part for scene in stage for part in _cut(scene)]
+    parts = [(scene, rows) for scene in stage for rows in _cut(scene)]
     draw = torch.Generator().manual_seed(tuning.seed)
     picks: list[int] = []
     while len(picks) < tuning.steps:
@@ -133,19 +136,22 @@ def _order(stage: Sequence[Scene], tuning: Tuning) -> list[Scene]:
     return [parts[i] for i in picks[: tuning.steps]]
 
 
-def _cut(scene: Scene) -> list[Scene]:
+def _cut(scene: Scene) -> list[list[int]]:
     """The windows of a scene that fit, a few at a time."""
     rows = [i for i in range(len(scene.q)) if bool(scene.fits[i].any())]
-    return [_rows(scene, rows[i : i + WINDOWS]) for i in range(0, len(rows), WINDOWS)]
+    return [rows[i : i + WINDOWS] for i in range(0, len(rows), WINDOWS)]
 
 
-def _rows(scene: Scene, rows: Sequence[int]) -> Scene:
-    pick = list(rows)
+def _rows(scene: RowScene, rows: list[int]) -> RowScene:
+    """Some windows; what is alike for all of them is not copied."""
+
+    def some(x: Tensor) -> Tensor:
+        return x[: len(rows)] if x.stride(0) == 0 else x[rows]
+
     names = ("q", "y", "raw", "added", "p", "out", "keep", "judges")
-    parts: dict[str, Any] = {n: getattr(scene, n)[pick] for n in names}
-    if isinstance(scene, RowScene):
-        parts["rows"] = tuple(x[pick] for x in scene.rows)
-    return replace(scene, **parts, sink=None if scene.sink is None else scene.sink[pick])
+    parts: dict[str, Any] = {n: some(getattr(scene, n)) for n in names}
+    q, k, v = (some(x) for x in scene.rows)
+    return replace(scene, **parts, rows=(q, k, v), sink=None if scene.sink is None else some(scene.sink))
 
 
 def _judged(tuned: Tuned, stage: Sequence[Scene], tensors: Mapping[str, Tensor]) -> float:

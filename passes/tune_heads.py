@@ -14,29 +14,10 @@ from torch import Tensor
 
 from codegen.eager import normed, rotated, scored
 from passes.mla_scene import Scene
-from passes.moments import SiteBatch, windowed
 from passes.trial import uniform
+from passes.tune_scene import RowScene, fused, fuses
 from rewrite.heads import Heads, Rewritten, Weights
-from rewrite.site import Operand, Sink, Site
-
-
-@dataclass(frozen=True, eq=False)
-class RowScene(Scene):
-    """A scene with the rows of the projections, (b, heads, tokens, d) for q, k and v, queries as in `q`."""
-
-    rows: tuple[Tensor, Tensor, Tensor]
-
-
-def with_rows(scene: Scene, whole: SiteBatch) -> RowScene:
-    """The scene of a batch, with its rows."""
-    batch, site = windowed(whole), scene.site
-    take, past = len(scene.q), scene.y.shape[1] - batch.q.shape[2]
-
-    def rows(which: str, operand: Operand) -> Tensor:
-        return batch.u[which][:take][..., torch.from_numpy(operand.rows)].transpose(1, 2).float()
-
-    u = rows("q", site.q)[:, :, scene.at - past], rows("k", site.k), rows("v", site.v)
-    return RowScene(**vars(scene), rows=u)
+from rewrite.site import Sink, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +66,9 @@ class HeadsTuned:
         q, k, v = self._heads(_rows(scene), tensors)
         q = q if site.q.rope is None else rotated(site.q.rope, q, scene.at)
         k = k if site.k.rope is None else rotated(site.k.rope, k, scene.keys_at)
+        if fuses(site):
+            factor = uniform(site.q.after) * uniform(site.k.after)
+            return fused(site, q * factor, k[:, kv_of], v[:, kv_of], scene.added)
         products = q @ k[:, kv_of].transpose(-1, -2) * (uniform(site.q.after) * uniform(site.k.after))
         s_bhts = scored(site, products, mask=scene.added[:, order])
         if any(isinstance(m, Sink) for m in site.mods) and scene.sink is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from passes import tune_heads, tune_scene
 from passes.convert import Change, convert_sites
 from passes.find import Found, find
 from passes.gqa import GQA
@@ -18,6 +19,7 @@ from rewrite.calibration import Windows, batches
 from rewrite.capture import capture
 from rewrite.opened import open_model
 from rewrite.program import Program
+from rewrite.site import Site
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 FIRST = "model.layers.0.self_attn"
@@ -67,3 +69,19 @@ def test_no_steps_leave_heads_as_they_were() -> None:
     assert tuned.error is not None
     assert plain.error is not None
     assert tuned.error < 1.05 * plain.error
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_one_table_of_positions_gives_what_probabilities_give(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused kernel on a mask for all windows learns what the general form learns."""
+    fused = converted("llama", target, Tuning(8))
+    assert tune_scene.fuses(fused.site)
+
+    def never(_: Site) -> bool:
+        return False
+
+    for module in (tune_scene, tune_heads):
+        monkeypatch.setattr(module, "fuses", never)
+    general = converted("llama", target, Tuning(8))
+    assert fused.error == pytest.approx(general.error, rel=1e-2)
+    assert torch.allclose(fused.rewritten.weights.out, general.rewritten.weights.out, rtol=1e-2, atol=1e-3)
