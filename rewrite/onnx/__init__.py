@@ -9,6 +9,6 @@ functions.py  the absorbed latent attention as functions of the file, in standar
 graph.py      what is asked of the finished graph: axes, operators, no repeated cache
 verify.py     the file in ONNX Runtime against the model in torch
 names.py      names of inputs, outputs and metadata
-genai.py      the config that ONNX Runtime GenAI reads
+genai.py      the config that ONNX Runtime GenAI reads, and who loads what
 run.py        decoding with numpy and onnxruntime alone
 """
