@@ -6,6 +6,7 @@ token is its position; after that the first slots are each row's own first token
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,46 @@ def masked(sparse: Sparse, layer: Any, given: Tensor | None, query: Tensor, key:
     return _hidden(torch.cat([heads[h].expand(shape) for h in range(query.shape[1])], 1), given, query)
 
 
+TILE = 128
+"""Queries that share the keys of their windows, where a window is as wide: more of them multiply keys that some do not
+read, fewer are short products."""
+
+
+def tiles(sparse: Sparse, layer: Any, given: Tensor | None, options: Mapping[str, Any]) -> bool:
+    """Whether the first tokens and the window are all that a query reads, so that tiles of queries can be computed on
+    nothing else."""
+    plain = all(options[name] is None for name in ("softcap", "position_bias", "sinks"))
+    return isinstance(layer, Bounded) and given is not None and plain and sparse.groups[0].exact
+
+
+def tiled(sparse: Sparse, layer: Bounded, given: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(batch, tokens, heads, dv) of query, scaled, tile by tile on the keys that it may read."""
+    (group,) = sparse.groups
+    window = group.window or 0
+    total = layer.seen + query.shape[2]
+    away = torch.full((1,), total - key.shape[2], dtype=torch.int64)
+    # a row begins where its last query sees the first key; the queries before it that are no padding see the same one
+    row = starts(given[:, :, -1:]).long() if sparse.shift else torch.zeros((query.shape[0], 1, 1, 1)).long()
+    layer.held = [_held(layer, x, row, away, total) for x in layer.held]
+    early, place = _early(row, group.sink, away)
+    inputs = (query, key, value, given, row, early, place.clamp(0, key.shape[2] - 1))
+    lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype)
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::TiledAttention",
+        (*inputs, lowest),
+        {"sink": group.sink, "window": window, "tile": min(TILE, window)},
+        dtype=query.dtype,
+        shape=(query.shape[0], query.shape[2], query.shape[1], value.shape[3]),
+        version=VERSION,
+    )
+
+
+def _early(row: Tensor, sink: int, away: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch, sink): the positions of each row's own first tokens, and the places where they are at hand."""
+    early = row[:, 0, 0] + torch.arange(sink)
+    return early, torch.where((away > 0) & (early < away + sink), torch.arange(sink), early - away)
+
+
 def _keep(tree: Any, past: Any, at: Tensor, begin: Tensor | None, query: Tensor) -> Tensor | None:
     """(batch or 1, 1, tokens, keys): what a predicate allows; positions count from where a row begins."""
     if tree is None:
@@ -98,8 +139,7 @@ def _bounded(
 def _held(layer: Bounded, hand: Tensor, row: Tensor, away: Tensor, total: Any) -> Tensor:
     """Of (batch, heads, at hand, width) what later tokens need; its length is the file's to know."""
     sink, bound = layer.slot.sink, layer.slot.bound or 0
-    early = row[:, 0, 0] + torch.arange(sink)
-    place = torch.where((away > 0) & (early < away + sink), torch.arange(sink), early - away)
+    _, place = _early(row, sink, away)
     dropped = torch.full((1,), total, dtype=torch.int64) > bound
     index = torch.where(dropped, place, torch.arange(sink)).expand(hand.shape[0], -1)
     inputs, attributes = (hand, index) if sink else (hand,), {"bound": bound}

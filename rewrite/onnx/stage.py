@@ -75,7 +75,10 @@ class Stage:
             at = next(i for i, layer in enumerate(self._layers()) if layer is own.call.layer)
             self.bounded[at] = sparse.slot_of(own, key, value)
             return attention.grouped(query, key, value, mask, options)
-        mask = sparse.masked(own, next((x for x in self._layers() if x.keys is key), None), mask, query, key)
+        layer = next((x for x in self._layers() if x.keys is key), None)
+        if self.form == "matmul" and sparse.tiles(own, layer, mask, options):
+            return sparse.tiled(own, layer, mask, query * options["scaling"], key, value)
+        mask = sparse.masked(own, layer, mask, query, key)
         return self._plain(module, query, key, value, mask, options)
 
     def _latent(self, latent: Any, query: Tensor, key: Tensor, mask: Tensor | None, options: Any) -> Tensor:
