@@ -89,9 +89,9 @@ def MaskedAttention(query, key, value, mask):  # pyright: ignore
 def TiledAttention(query, key, value, given, begin, early, place, lowest, sink: int, window: int, tile: int):  # pyright: ignore
     """(batch, tokens, heads, dv) of query (batch, heads, tokens, d), scaled, and what is at hand of key and value
     (batch, groups, hand, d or dv), tile by tile of at most `tile` queries: each reads the first tokens and those nearer
-    than `window` to some query of it, and nothing else is multiplied. given (batch, 1, tokens, total) is added to
-    scores; positions count from begin (batch, 1, 1, 1); the first tokens are at the positions early (batch, sink), in
-    the places `place` (batch, sink) of what is at hand; `lowest` is added to what is not read."""
+    than `window` to some query of it, and nothing else is multiplied. given (batch, 1, tokens, total) holds
+    where the model reads; positions count from begin (batch, 1, 1, 1); the first tokens are at the positions early
+    (batch, sink), in the places `place` (batch, sink) of what is at hand; `lowest` is added to what is not read."""
     zero, one, two = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
     none, by = op.Constant(value_int=0), op.Constant(value_int=1)
     sinks = op.Reshape(op.Constant(value_int=sink), one)
@@ -100,7 +100,7 @@ def TiledAttention(query, key, value, given, begin, early, place, lowest, sink: 
     batch, groups = op.Shape(key, start=0, end=1), op.Shape(key, start=1, end=2)
     tokens, hand, total = op.Shape(query, start=2, end=3), op.Shape(key, start=2, end=3), op.Shape(given, start=3)
     away, held = total - hand, hand - tokens
-    moved = away > zero
+    moved, nothing = away > zero, op.CastLike(none, lowest)
     tiles = (tokens + most - one) / most
     if op.Squeeze(tiles == one):
         # nearly all that is at hand is read, and it is read where it lies
@@ -111,7 +111,8 @@ def TiledAttention(query, key, value, given, begin, early, place, lowest, sink: 
         reach = op.And(apart >= zero, op.Or(apart < width, at - begin < sinks))
         keep = op.And(reach, op.Or(op.Not(first), at < away + sinks))
         shown = op.Expand(op.Min(at, total - one), op.Concat(batch, one, tokens, hand, axis=0))
-        out = MaskedAttention(query, key, value, op.Where(keep, op.GatherElements(given, shown, axis=3), lowest))
+        mask = op.Where(op.And(keep, op.GatherElements(given, shown, axis=3)), nothing, lowest)
+        out = MaskedAttention(query, key, value, mask)
     else:
         step = (tokens + tiles - one) / tiles
         within = op.Range(none, op.Squeeze(step), by)
@@ -140,11 +141,11 @@ def TiledAttention(query, key, value, given, begin, early, place, lowest, sink: 
             read = op.And(behind >= zero, op.Or(behind < width, tile_at - begin < sinks))
             corner, end = op.Concat(start, low + away, axis=0), op.Concat(start + step, high + away, axis=0)
             part = op.Slice(given, corner, end, op.Constant(value_ints=[2, 3]))
-            added = op.Concat(op.Gather(first_given, row, axis=2), op.Gather(part, row - start, axis=2), axis=3)
+            seen = op.Concat(op.Gather(first_given, row, axis=2), op.Gather(part, row - start, axis=2), axis=3)
             keys = op.Concat(first_key, op.Slice(key, low, high, two), axis=2)
             values_ = op.Concat(first_value, op.Slice(value, low, high, two), axis=2)
             asked = op.Gather(query, row, axis=2)
-            found = MaskedAttention(asked, keys, values_, op.Where(read, added, lowest))
+            found = MaskedAttention(asked, keys, values_, op.Where(op.And(read, seen), nothing, lowest))
             return found
 
         numbers = op.Unsqueeze(op.Range(none, op.Squeeze(tiles), by), one)

@@ -70,7 +70,8 @@ def tiles(sparse: Sparse, layer: Any, given: Tensor | None, options: Mapping[str
     """Whether the first tokens and the window are all that a query reads, so that tiles of queries can be computed on
     nothing else."""
     plain = all(options[name] is None for name in ("softcap", "position_bias", "sinks"))
-    return isinstance(layer, Bounded) and given is not None and plain and sparse.groups[0].exact
+    shown = given is not None and given.dtype == torch.bool
+    return isinstance(layer, Bounded) and shown and plain and sparse.groups[0].exact
 
 
 def tiled(sparse: Sparse, layer: Bounded, given: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
