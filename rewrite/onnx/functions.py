@@ -100,7 +100,7 @@ def TiledAttention(query, key, value, given, begin, early, place, lowest, sink: 
     batch, groups = op.Shape(key, start=0, end=1), op.Shape(key, start=1, end=2)
     tokens, hand, total = op.Shape(query, start=2, end=3), op.Shape(key, start=2, end=3), op.Shape(given, start=3)
     away, held = total - hand, hand - tokens
-    moved, nothing = away > zero, op.CastLike(none, lowest)
+    moved, nothing = away > zero, lowest - lowest
     tiles = (tokens + most - one) / most
     if op.Squeeze(tiles == one):
         # nearly all that is at hand is read, and it is read where it lies

@@ -83,8 +83,8 @@ def tiled(sparse: Sparse, layer: Bounded, given: Tensor, query: Tensor, key: Ten
     # a row begins where its last query sees the first key; the queries before it that are no padding see the same one
     row = starts(given[:, :, -1:]).long() if sparse.shift else torch.zeros((query.shape[0], 1, 1, 1)).long()
     layer.held = [_held(layer, x, row, away, total) for x in layer.held]
-    early, place = _early(row, group.sink, away)
-    inputs = (query, key, value, given, row, early, place.clamp(0, key.shape[2] - 1))
+    early, place = _early(row, group.sink, away, key.shape[2])
+    inputs = (query, key, value, given, row, early, place)
     lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype)
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::TiledAttention",
@@ -96,10 +96,12 @@ def tiled(sparse: Sparse, layer: Bounded, given: Tensor, query: Tensor, key: Ten
     )
 
 
-def _early(row: Tensor, sink: int, away: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch, sink): the positions of each row's own first tokens, and the places where they are at hand."""
+def _early(row: Tensor, sink: int, away: Tensor, hand: Any) -> tuple[Tensor, Tensor]:
+    """(batch, sink): the positions of each row's own first tokens, and the places where they are at hand; any place for
+    those that a row of padding has not got yet."""
     early = row[:, 0, 0] + torch.arange(sink)
-    return early, torch.where((away > 0) & (early < away + sink), torch.arange(sink), early - away)
+    place = torch.where((away > 0) & (early < away + sink), torch.arange(sink), early - away)
+    return early, place.clamp(max=hand - 1)
 
 
 def _keep(tree: Any, past: Any, at: Tensor, begin: Tensor | None, query: Tensor) -> Tensor | None:
@@ -140,7 +142,7 @@ def _bounded(
 def _held(layer: Bounded, hand: Tensor, row: Tensor, away: Tensor, total: Any) -> Tensor:
     """Of (batch, heads, at hand, width) what later tokens need; its length is the file's to know."""
     sink, bound = layer.slot.sink, layer.slot.bound or 0
-    _, place = _early(row, sink, away)
+    _, place = _early(row, sink, away, hand.shape[2])
     dropped = torch.full((1,), total, dtype=torch.int64) > bound
     index = torch.where(dropped, place, torch.arange(sink)).expand(hand.shape[0], -1)
     inputs, attributes = (hand, index) if sink else (hand,), {"bound": bound}
