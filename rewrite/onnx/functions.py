@@ -128,7 +128,7 @@ def TiledAttention(query, key, value, given, begin, early, place, lowest, sink: 
         first_given = op.GatherElements(given, early_in, axis=3)
 
         @graph()
-        def one_tile(number):
+        def one_tile(number):  # pyright: ignore
             start = number * step
             row = op.Min(start + within, tokens - one)
             low = op.Max(held + start - width + one, floor)

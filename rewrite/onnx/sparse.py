@@ -6,7 +6,6 @@ token is its position; after that the first slots are each row's own first token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from rewrite.emit.runtime.sparse import Sparse, holds, starts
 from rewrite.errors import Refused
+from rewrite.onnx.attention import OPTIONS
 from rewrite.onnx.caches import Grown, Slot
 from rewrite.onnx.functions import DOMAIN, VERSION
 
@@ -66,25 +66,26 @@ TILE = 128
 read, fewer are short products."""
 
 
-def tiles(sparse: Sparse, layer: Any, given: Tensor | None, options: Mapping[str, Any]) -> bool:
-    """Whether the first tokens and the window are all that a query reads, so that tiles of queries can be computed on
-    nothing else."""
+def tiled(
+    sparse: Sparse, layer: Any, given: Tensor | None, query: Tensor, key: Tensor, value: Tensor, options: OPTIONS
+) -> Tensor | None:
+    """(batch, tokens, heads, dv) of query, tile by tile on the keys that it may read; None where that is not all that
+    the kernel is asked for, or where more than first tokens and a window decides what is read."""
     plain = all(options[name] is None for name in ("softcap", "position_bias", "sinks"))
-    shown = given is not None and given.dtype == torch.bool
-    return isinstance(layer, Bounded) and shown and plain and sparse.groups[0].exact
-
-
-def tiled(sparse: Sparse, layer: Bounded, given: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(batch, tokens, heads, dv) of query, scaled, tile by tile on the keys that it may read."""
+    if not isinstance(layer, Bounded) or given is None or given.dtype != torch.bool or not plain:
+        return None
     (group,) = sparse.groups
+    if not group.exact:
+        return None
     window = group.window or 0
     total = layer.seen + query.shape[2]
     away = torch.full((1,), total - key.shape[2], dtype=torch.int64)
     # a row begins where its last query sees the first key; the queries before it that are no padding see the same one
-    row = starts(given[:, :, -1:]).long() if sparse.shift else torch.zeros((query.shape[0], 1, 1, 1)).long()
+    begin = starts(given[:, :, -1:]) if sparse.shift else None
+    row = torch.zeros((query.shape[0], 1, 1, 1), dtype=torch.int64) if begin is None else begin.long()
     layer.held = [_held(layer, x, row, away, total) for x in layer.held]
     early, place = _early(row, group.sink, away, key.shape[2])
-    inputs = (query, key, value, given, row, early, place)
+    inputs = (query * options["scaling"], key, value, given, row, early, place)
     lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype)
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::TiledAttention",

@@ -78,8 +78,9 @@ class Stage:
             self.bounded[at] = sparse.slot_of(own, key, value)
             return attention.grouped(query, key, value, _additive(mask, query.dtype), options)
         layer = next((x for x in self._layers() if x.keys is key), None)
-        if self.form == "matmul" and sparse.tiles(own, layer, mask, options):
-            return sparse.tiled(own, layer, mask, query * options["scaling"], key, value)
+        out = sparse.tiled(own, layer, mask, query, key, value, options) if self.form == "matmul" else None
+        if out is not None:
+            return out
         mask = sparse.masked(own, layer, _additive(mask, query.dtype), query, key)
         return self._plain(module, query, key, value, mask, options)
 

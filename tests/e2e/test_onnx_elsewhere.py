@@ -27,8 +27,8 @@ from tests.contract import tiny
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "examples" / "models"
 NEW = 24
-FOLDERS = ("llama-matmul", "llama-attention", "llama-shared", "llama-contrib", "gpt2-matmul")
-OPTIMUM = ("llama-matmul", "llama-attention", "llama-contrib")
+FOLDERS = ("llama-matmul", "llama-shared", "llama-contrib", "gpt2-matmul")
+OPTIMUM = ("llama-matmul", "llama-contrib")
 """A GPT-2 has no field for kv heads, and an empty cache has no room to be written into."""
 SIZES: dict[str, Any] = {**tiny.LLAMA, "num_hidden_layers": 1, "eos_token_id": None}
 TINY: dict[str, Callable[[], Any]] = {
@@ -161,7 +161,7 @@ def test_who_does_not_load_it_is_told(made: Make) -> None:
 MODULES = {"genai": "onnxruntime_genai", "optimum": "optimum.onnxruntime"}
 
 
-@pytest.mark.parametrize(("program", "name"), CASES)
+@pytest.mark.parametrize(("program", "name"), [*CASES, ("genai", "llama-attention"), ("optimum", "llama-attention")])
 def test_in_itself(program: str, name: str, made: Make, request: pytest.FixtureRequest) -> None:
     python = request.config.getoption("--elsewhere") or sys.executable
     known = subprocess.run([python, "-c", f"import {MODULES[program]}"], capture_output=True, check=False, timeout=300)
