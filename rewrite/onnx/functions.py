@@ -118,15 +118,13 @@ def TiledAttention(query, key, value, given, begin, early, place, lowest, sink: 
     batch, groups = op.Shape(key, start=0, end=1), op.Shape(key, start=1, end=2)
     tokens, hand, total = op.Shape(query, start=2, end=3), op.Shape(key, start=2, end=3), op.Shape(given, start=3)
     away, held = total - hand, hand - tokens
-    moved, nothing = away > zero, lowest - lowest
+    nothing = lowest - lowest
     tiles = (tokens + most - one) / most
     if op.Squeeze(tiles == one):
         out = WholeAttention(query, key, value, given, begin, lowest, sink=sink, window=window)
     else:
         step = (tokens + tiles - one) / tiles
         within = op.Range(none, op.Squeeze(step), by)
-        # once tokens were dropped, the first places at hand hold the first tokens and none of a window
-        floor = op.Where(moved, sinks, zero)
         wide = op.Unsqueeze(place, op.Constant(value_ints=[1, 3]))
         many = op.Concat(batch, groups, sinks, axis=0)
         first_key = op.GatherElements(key, op.Expand(wide, op.Concat(many, op.Shape(key, start=3), axis=0)), axis=2)
@@ -140,7 +138,8 @@ def TiledAttention(query, key, value, given, begin, early, place, lowest, sink: 
         def one_tile(number):  # pyright: ignore
             start = number * step
             row = op.Min(start + within, tokens - one)
-            low = op.Max(held + start - width + one, floor)
+            # where tokens were dropped, what is held is full, and this is behind the first tokens' places
+            low = op.Max(held + start - width + one, zero)
             high = op.Min(held + start + step, hand)
             near = op.Range(op.Squeeze(low + away), op.Squeeze(high + away), by)
             near_at = op.Expand(near, op.Concat(batch, one, one, high - low, axis=0))
