@@ -1,15 +1,17 @@
-"""One decoded token in ONNX Runtime: `python -m bench.onnx --write` writes docs/onnx.md.
+"""A decoded token and a prompt in ONNX Runtime: `python -m bench.onnx --write` writes docs/onnx.md.
 
-Two tables. One layer's attention step in every form that it can be written in, beside what the exporter makes of the
-class's own eager attention, which repeats the kv heads. And a model of 300 M parameters, converted against original.
-Random weights; all files are timed in turn, round after round, so that the ratios are of one run. Times are the
-processor's, of one thread: others on the machine do not count.
+Three tables. One layer's attention step in every form that it can be written in, beside what the exporter makes of the
+class's own eager attention, which repeats the kv heads. A model of 300 M parameters, converted against original. And a
+prompt, in one layer whose queries read first tokens and a window. Random weights; all files are timed in turn, round
+after round, so that the ratios are of one run. Times are the processor's, of one thread: others on the machine do not
+count.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import platform
 import statistics
 import tempfile
@@ -28,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from bench.decode import random_latents
 from passes.convert import named_tensors
 from passes.find import find
+from rewrite import BlockSparse, convert
 from rewrite.capture import capture
 from rewrite.emit import emit_latent, runtime
 from rewrite.heads import Rewritten
@@ -40,6 +43,8 @@ from rewrite.site import Latent
 
 ROOT = Path(__file__).parent.parent
 CONTEXTS = (4096, 16384)
+PIECE = 1024
+"""Tokens of a piece of a prompt whose scores would not fit into memory at once."""
 Make = Callable[[Path], object]
 
 
@@ -172,6 +177,35 @@ def models(top: Path) -> tuple[dict[str, Path], int]:
     return _made(top, "model", makes), read
 
 
+def prompts(top: Path) -> dict[str, Path]:
+    """One layer of 32 query heads and 8 kv heads of 128, whole, and with 64 first tokens and a window of 1,024."""
+    model = llama(1, 64, 64, 64, (32, 8, 128))
+    sparse: Any = convert(model, BlockSparse(window=1024, sink=64), check=False)
+    makes: dict[str, Make] = {
+        "original, matmul": lambda p: export_onnx(model, p),
+        "sparse, attention": lambda p: export_onnx(sparse, p, form="attention"),
+        "sparse, matmul": lambda p: export_onnx(sparse, p),
+    }
+    return _made(top, "prompt", makes)
+
+
+def prompt(paths: Mapping[str, Path], tokens: int, rounds: int) -> list[str]:
+    """Rows of the table: a prompt taken in by every file in turn."""
+    times: dict[str, list[float]] = {name: [] for name in paths}
+    pieces = {name: tokens if tokens <= CONTEXTS[0] or name == "sparse, matmul" else PIECE for name in paths}
+    for _ in range(rounds):
+        for name, path in paths.items():
+            decoder = Decoder(path, threads=1)  # a session keeps the memory of its largest run: one at a time
+            start = time.process_time()
+            for done in range(0, tokens, pieces[name]):
+                ids = np.zeros((1, pieces[name]), np.int64)
+                decoder.step(ids, np.ones((1, done + pieces[name]), np.int64))
+            times[name].append(time.process_time() - start)
+    took = {name: statistics.median(t) for name, t in times.items()}
+    base = next(iter(took.values()))
+    return [f"| {tokens:,} | {n} | {pieces[n]:,} | {t:.2f} | {base / t:.1f}× |" for n, t in took.items()]
+
+
 def _made(top: Path, part: str, makes: Mapping[str, Make]) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for at, (name, make) in enumerate(makes.items()):
@@ -194,12 +228,12 @@ def table(found: Mapping[int, Mapping[str, tuple[float, int]]], *, roofline: boo
     return lines
 
 
-def page(step: list[str], whole: list[str]) -> str:
+def page(step: list[str], whole: list[str], long: list[str]) -> str:
     """The text of docs/onnx.md's tables."""
     versions = f"onnxruntime {ort.__version__}, torch {torch.__version__}, {platform.machine()}"
     return "\n".join(
         [
-            "# One decoded token in ONNX Runtime",
+            "# A decoded token and a prompt in ONNX Runtime",
             "",
             "Written by `python -m bench.onnx --write`. float32, one thread, one sequence; processor time, median over",
             "rounds in which all files of a table are run in turn; what others take of the memory's bandwidth counts",
@@ -218,6 +252,19 @@ def page(step: list[str], whole: list[str]) -> str:
             "of its cache. *Roofline* is the ratio of the bytes of weights and cache that a token reads.",
             "",
             *whole,
+            "",
+            "## A prompt under a window",
+            "",
+            "A model of one layer, 32 query heads and 8 kv heads of 128, and the same with",
+            "`sparse:window=1024,sink=64`. Form *attention* multiplies all keys at hand and masks; form *matmul* takes",
+            "queries in tiles of 128 and multiplies what some query of a tile reads. *Piece* is the number of tokens",
+            "taken in at once: the scores of 16,384 in 32 heads are 34 GB, so where all are multiplied they come in",
+            "pieces, between which the sparse cache drops what is not read any more. Three rounds of 4,096 tokens and",
+            f"one of 16,384; at the end {os.getloadavg()[0]:.0f} processes shared {os.cpu_count()} cores.",
+            "",
+            "| prompt | file | piece | s | speed |",
+            "|---|---|---|---|---|",
+            *long,
             "",
         ]
     )
@@ -238,7 +285,10 @@ def main() -> None:
         print("\n".join(step), flush=True)
         files, weights = models(top)
         whole = table({c: timed(files, c, args.rounds, weights) for c in CONTEXTS}, roofline=True)
-    text = page(step, whole)
+        print("\n".join(whole), flush=True)
+        read = prompts(top)
+        long = [row for c, rounds in zip(CONTEXTS, (3, 1), strict=True) for row in prompt(read, c, rounds)]
+    text = page(step, whole, long)
     print(text)
     if args.write:
         (ROOT / "docs" / "onnx.md").write_text(text, encoding="utf-8")

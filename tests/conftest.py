@@ -19,6 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files; read the diff")
+    parser.addoption("--elsewhere", help="the interpreter that has onnxruntime-genai and optimum-onnx")
 
 
 def pytest_collection_finish() -> None:

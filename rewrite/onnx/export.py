@@ -122,7 +122,7 @@ def export_onnx(
         tell("check", 2, 3)
         check_file(main)
         agreed = _agreement(main, working, traced, contrib=written == "contrib")
-        note = _beside(work, opened, traced.slots, written) if traced.slots else ""
+        note = _beside(work, opened, made, traced.slots, written) if traced.slots else ""
         done = _done(made, work, written, opset, traced.slots, agreed, note)
         work.publish_file() if out.suffix == ".onnx" else work.publish()
     tell("done", 3, 3)
@@ -262,26 +262,21 @@ def _agreement(main: Path, working: nn.Module, traced: Traced, *, contrib: bool)
             module.training = training
 
 
-def _beside(work: Draft, opened: Opened, slots: tuple[Slot, ...], form: str) -> str:
+def _beside(work: Draft, opened: Opened, made: ir.Model, slots: tuple[Slot, ...], form: str) -> str:
     """The other files of a folder; the sentence on what loads it."""
-    reason = genai.refuse(slots)
-    if reason is not None:
-        note = f"ONNX Runtime GenAI and optimum do not load it: {reason}"
-    elif form == "shared":
-        note = "past and present are one buffer: rewrite.onnx.run binds them"
-    else:
-        note = "the names are those of optimum and ONNX Runtime GenAI"
-    if work.out.suffix == ".onnx":
-        return note
     working: Any = opened.working
+    note = genai.loaders(working, slots, form)
+    if work.out.suffix == ".onnx":
+        return f"as a folder: {note}"
     working.config.save_pretrained(work.path)
     if working.generation_config is not None:
         working.generation_config.save_pretrained(work.path)
     if opened.folder is not None:
         copy_beside(opened.folder, work.path)
-    if reason is None and form != "shared":
-        text = genai.config(working, slots, "model.onnx", shared=form == "contrib")
-        (work.path / "genai_config.json").write_text(text, encoding="utf-8")
+    if genai.refuse(slots) is None:
+        inputs = [value.name or "" for value in made.graph.inputs]
+        text = genai.config(working, slots, inputs, "model.onnx", shared=form in ("shared", "contrib"))
+        (work.path / genai.CONFIG).write_text(text, encoding="utf-8")
     return note
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rewrite.emit.runtime.sparse import Sparse, holds, starts
 from rewrite.errors import Refused
+from rewrite.onnx.attention import OPTIONS
 from rewrite.onnx.caches import Grown, Slot
 from rewrite.onnx.functions import DOMAIN, VERSION
 
@@ -60,6 +61,50 @@ def masked(sparse: Sparse, layer: Any, given: Tensor | None, query: Tensor, key:
     return _hidden(torch.cat([heads[h].expand(shape) for h in range(query.shape[1])], 1), given, query)
 
 
+TILE = 128
+"""Queries that share the keys of their windows, where a window is as wide: more of them multiply keys that some do not
+read, fewer are short products."""
+
+
+def tiled(
+    sparse: Sparse, layer: Any, given: Tensor | None, query: Tensor, key: Tensor, value: Tensor, options: OPTIONS
+) -> Tensor | None:
+    """(batch, tokens, heads, dv) of query, tile by tile on the keys that it may read; None where that is not all that
+    the kernel is asked for, or where more than first tokens and a window decides what is read."""
+    plain = all(options[name] is None for name in ("softcap", "position_bias", "sinks"))
+    if not isinstance(layer, Bounded) or given is None or given.dtype != torch.bool or not plain:
+        return None
+    (group,) = sparse.groups
+    if not group.exact:
+        return None
+    window = group.window or 0
+    total = layer.seen + query.shape[2]
+    away = torch.full((1,), total - key.shape[2], dtype=torch.int64)
+    # a row begins where its last query sees the first key; the queries before it that are no padding see the same one
+    begin = starts(given[:, :, -1:]) if sparse.shift else None
+    row = torch.zeros((query.shape[0], 1, 1, 1), dtype=torch.int64) if begin is None else begin.long()
+    layer.held = [_held(layer, x, row, away, total) for x in layer.held]
+    early, place = _early(row, group.sink, away, key.shape[2])
+    inputs = (query * options["scaling"], key, value, given, row, early, place)
+    lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype)
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::TiledAttention",
+        (*inputs, lowest),
+        {"sink": group.sink, "window": window, "tile": min(TILE, window)},
+        dtype=query.dtype,
+        shape=(query.shape[0], query.shape[2], query.shape[1], value.shape[3]),
+        version=VERSION,
+    )
+
+
+def _early(row: Tensor, sink: int, away: Tensor, hand: Any) -> tuple[Tensor, Tensor]:
+    """(batch, sink): the positions of each row's own first tokens, and the places where they are at hand; any place for
+    those that a row of padding has not got yet."""
+    early = row[:, 0, 0] + torch.arange(sink)
+    place = torch.where((away > 0) & (early < away + sink), torch.arange(sink), early - away)
+    return early, place.clamp(max=hand - 1)
+
+
 def _keep(tree: Any, past: Any, at: Tensor, begin: Tensor | None, query: Tensor) -> Tensor | None:
     """(batch or 1, 1, tokens, keys): what a predicate allows; positions count from where a row begins."""
     if tree is None:
@@ -98,8 +143,7 @@ def _bounded(
 def _held(layer: Bounded, hand: Tensor, row: Tensor, away: Tensor, total: Any) -> Tensor:
     """Of (batch, heads, at hand, width) what later tokens need; its length is the file's to know."""
     sink, bound = layer.slot.sink, layer.slot.bound or 0
-    early = row[:, 0, 0] + torch.arange(sink)
-    place = torch.where((away > 0) & (early < away + sink), torch.arange(sink), early - away)
+    _, place = _early(row, sink, away, hand.shape[2])
     dropped = torch.full((1,), total, dtype=torch.int64) > bound
     index = torch.where(dropped, place, torch.arange(sink)).expand(hand.shape[0], -1)
     inputs, attributes = (hand, index) if sink else (hand,), {"bound": bound}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from rewrite.errors import Refused
 from rewrite.onnx import attention, sparse
@@ -31,6 +31,8 @@ class Stage:
     seen: dict[int, int | None] = field(default_factory=dict[int, "int | None"])
     bounded: dict[int, Slot] = field(default_factory=dict[int, Slot])
     """The layers that drop tokens."""
+    boolean: bool = False
+    """Whether the model makes masks of booleans: what is read tile by tile is a quarter of the bytes then."""
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **given: Any
@@ -44,10 +46,10 @@ class Stage:
             "sinks": getattr(module, "sinks", None),
         }
         _require_mask(module, query, attention_mask, given)
-        mask = _additive(attention_mask, query.dtype)
         own = getattr(module, "reattn", None)
         if hasattr(own, "groups"):
-            return self._sparse(own, module, query, key, value, mask, options), None
+            return self._sparse(own, module, query, key, value, attention_mask, options), None
+        mask = _additive(attention_mask, query.dtype)
         if own is not None:
             return self._latent(own, query, key, mask, options), None
         return self._plain(module, query, key, value, mask, options), None
@@ -74,8 +76,12 @@ class Stage:
         if own.call.layer is not None:  # an ordinary run, in which the module's own layer waits for its kernel
             at = next(i for i, layer in enumerate(self._layers()) if layer is own.call.layer)
             self.bounded[at] = sparse.slot_of(own, key, value)
-            return attention.grouped(query, key, value, mask, options)
-        mask = sparse.masked(own, next((x for x in self._layers() if x.keys is key), None), mask, query, key)
+            return attention.grouped(query, key, value, _additive(mask, query.dtype), options)
+        layer = next((x for x in self._layers() if x.keys is key), None)
+        out = sparse.tiled(own, layer, mask, query, key, value, options) if self.form == "matmul" else None
+        if out is not None:
+            return out
+        mask = sparse.masked(own, layer, _additive(mask, query.dtype), query, key)
         return self._plain(module, query, key, value, mask, options)
 
     def _latent(self, latent: Any, query: Tensor, key: Tensor, mask: Tensor | None, options: Any) -> Tensor:
@@ -155,6 +161,11 @@ def _require_mask(module: Any, query: Tensor, mask: Tensor | None, given: dict[s
         )
 
 
+def _boolean(*given: Any, **named: Any) -> Tensor | None:
+    """transformers' mask of booleans, which is made even where a kernel could do without."""
+    return sdpa_mask(*given, **{**named, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
 def _additive(mask: Tensor | None, kind: torch.dtype) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
@@ -171,7 +182,7 @@ def staged(model: nn.Module, stage: Stage) -> Generator[None]:
     before = [(c, n, v) for c in _configs(model) for n in SETTINGS if (v := getattr(c, n, None)) is not None]
     flags = [(m, m.training) for m in model.modules()]
     AttentionInterface.register(KERNEL, stage.attend)
-    AttentionMaskInterface.register(KERNEL, eager_mask)
+    AttentionMaskInterface.register(KERNEL, _boolean if stage.boolean else eager_mask)
     model.eval()
     try:
         for config, name, _ in before:

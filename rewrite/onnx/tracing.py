@@ -132,6 +132,7 @@ def decoding(model: Any, stage: Stage) -> Traced:
     slots = learn(model, int(config.vocab_size))
     if not slots:
         raise Refused("onnx", f"{type(model).__name__} filled no cache", "it may have been saved with use_cache=False")
+    stage.boolean = any(slot.bound is not None for slot in slots)
     shared = stage.form in ("shared", "contrib")
     length = PAST + TOKENS + ROOM if shared else PAST
     lengths = [length if slot.bound is None else min(slot.bound, PAST) for slot in slots]

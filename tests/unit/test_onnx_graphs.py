@@ -90,6 +90,29 @@ def test_every_form_writes_the_same_text(name: str, made: Callable[..., Path]) -
     assert decoder.capacity == (17 if decoder.shared else tokens)
 
 
+@pytest.mark.parametrize("name", ["sink.onnx", "window.onnx"])
+def test_a_prompt_of_any_length_is_torchs(name: str, made: Callable[..., Path]) -> None:
+    """At once and in pieces, with a padded row: tiles of 4 and 6 queries, the last one of them short or not."""
+    model = FORMS[name][0]()
+    decoder = Decoder(made(name, lambda: model), threads=1)
+    assert "TiledAttention" in {f.name for f in onnx.load(str(made(name, lambda: model))).functions}
+    ids = torch.randint(0, 99, (2, 60), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    for steps in ((8,), (12,), (13,), (33,), (20, 9, 1, 17)):
+        decoder.reset()
+        done, got = 0, list[Any]()
+        for count in steps:
+            rows = slice(done, done + count)
+            got.append(decoder.step(ids[:, rows].numpy(), mask[:, : done + count].numpy()))
+            done += count
+        real, places = mask[:, :done], (mask.cumsum(1) - 1).clamp(min=0)[:, :done]
+        with torch.no_grad():
+            wanted = model(input_ids=ids[:, :done], attention_mask=real, position_ids=places).logits.numpy()
+        apart = np.abs(np.concatenate(got, 1) - wanted)[real.bool().numpy()].max()
+        assert apart < 1e-4 * np.abs(wanted).max(), steps
+
+
 def test_what_is_cached_is_written_in_place(made: Callable[..., Path]) -> None:
     decoder = Decoder(made("shared.onnx", llama, form="shared"), threads=1)
     decoder.reserve(1, 8)
