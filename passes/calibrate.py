@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,10 +29,12 @@ from rewrite.errors import BadUsage
 from rewrite.heads import Latents
 from rewrite.layout import expanded, gather
 from rewrite.mask import Mask
+from rewrite.ranks import ALONE, Ranks, Values
 from rewrite.shared import shared
 from rewrite.site import Site, Tensors
 
 Batch = Mapping[str, Tensor]
+T = TypeVar("T")
 ALL = slice(None)
 KEPT_NUMBERS = 1 << 27
 """Outputs of one site (tokens x width) that are held for its trials: half a gigabyte in float32."""
@@ -41,7 +43,9 @@ SINGLE = 1 << 24
 
 
 class Stream:
-    """Calibration batches on their way through the graph; `slices` in the order in which they will be asked for."""
+    """Calibration batches on their way through the graph; `slices` in the order in which they will be asked for.
+
+    Of several processes each runs its own batches; of the others it holds what the slice that was reached reads."""
 
     def __init__(
         self,
@@ -50,9 +54,12 @@ class Stream:
         slices: Sequence[Slice],
         tensors: Tensors,
         disk: Disk | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.machine = machine
         self.disk = disk
+        self.ranks = ranks
+        self.owner = [at % ranks.count for at in range(len(batches))]
         self.changed: list[Node] = []
         self.tensors = tensors
         self.at = 0
@@ -72,10 +79,25 @@ class Stream:
         return site_batch(self.machine, part, self.envs[at], self.keep[at], self.tensors, self.backs[site.name])
 
     def reach(self, part: Slice) -> None:
-        """Run every batch until all that the slice reads is known."""
+        """Run every batch until all that the slice reads is known, to every process."""
+        self.run_to(part)
+        for env, owner in zip(self.envs, self.owner, strict=True):
+            env.update(zip(part.boundary, self.ranks.sent(owner, self._known(env, owner, part)), strict=True))
+            self._spill(env)
+
+    def _known(self, env: Env, owner: int, part: Slice) -> Values:
+        return [env[node] for node in part.boundary] if owner == self.ranks.rank else ()
+
+    @property
+    def own(self) -> list[int]:
+        """Places of the batches that this process runs."""
+        return [at for at, owner in enumerate(self.owner) if owner == self.ranks.rank]
+
+    def run_to(self, part: Slice) -> None:
+        """As `reach`, but what the slice reads is known where its batch is run."""
         stop = max((self.machine.place[n] for n in part.boundary), default=-1) + 1
-        for env in self.envs:
-            self._run(env, self.at, stop)
+        for at in self.own:
+            self._run(self.envs[at], self.at, stop)
         self.at = max(self.at, stop)
         if isinstance(self.machine.state, Reading):
             for node in [n for n in self.changed if self.last[n] < self.at]:
@@ -86,14 +108,18 @@ class Stream:
 
         `inner` computes the heads' outputs (tokens, heads, dim) where the slice's own nodes cannot with any tensors.
         """
-        given = [{} if inner is None else self._entry(part, i, inner) for i in range(len(self.envs))]
+        given: dict[int, Env] = {at: {} if inner is None else self._entry(part, at, inner) for at in self.own}
         for name, value in new.items():
             for place in self.machine.of_tensor.get(name, ()):
                 self.machine.state[place] = value.to(self.machine.state[place].dtype)
                 self.changed.append(place)
         self.pins -= Counter(part.boundary)
         done = [n for n in part.nodes if self.machine.place[n] < self.at]
-        for env, known in zip(self.envs, given, strict=True):
+        for at, env in enumerate(self.envs):
+            if at not in given:
+                env.clear()
+                continue
+            known = given[at]
             local = run_slice(self.machine, part, env, {}, done[-1], known) if done else {}
             env.update({n: local[n] for n in done if n in env})
             env.update(known)
@@ -113,7 +139,7 @@ class Stream:
         made.machine.state = self.machine.state.copy()
         made.changed = list(self.changed)
         made.envs = [dict(env) for env in self.envs[batches]]
-        made.keep = self.keep[batches]
+        made.keep, made.owner = self.keep[batches], self.owner[batches]
         made.pins = Counter(self.pins)
         return made
 
@@ -174,37 +200,51 @@ class SiteStats:
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
 
+    def share(self, items: Sequence[T], work: Callable[[T], Values]) -> Iterator[Values]:
+        """What `work` makes of every item, in order, shared out over the processes."""
+        return self.stream.ranks.share(items, work)
+
+    @property
+    def alone(self) -> SiteStats:
+        """The same without the other processes."""
+        stream = copy(self.stream)
+        stream.ranks = ALONE
+        return replace(self, stream=stream)
+
     def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch: heads' outputs (tokens, heads, dim) with `weights`, original output (tokens, outputs)."""
         new = expanded(self.part.site, weights, kv_of, self.tensors)
-        for at, (env, keep) in enumerate(zip(self.stream.envs, self.stream.keep, strict=True)):
-            yield _counted(self._enter(env, new), keep), _counted(self._original(at, env), keep)
+        return self._trials(lambda at: self._enter(self.stream.envs[at], new))
 
     def latent(self, latents: Latents) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, as `attend`, with a latent in place of keys and values."""
-        batches = zip(self.stream.envs, self.stream.keep, self.batches(), strict=True)
-        for at, (env, keep, batch) in enumerate(batches):
-            yield _counted(heads_outputs(latents, batch), keep), _counted(self._original(at, env), keep)
+        return self._trials(lambda at: heads_outputs(latents, self.stream.seen(self.part, at)))
 
     def masked(self, mask: Mask) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, as `attend`, with the original's weights and fewer keys."""
-        batches = zip(self.stream.envs, self.stream.keep, self.batches(), strict=True)
-        for at, (env, keep, batch) in enumerate(batches):
-            yield _counted(masked_outputs(mask, batch), keep), _counted(self._original(at, env), keep)
+        return self._trials(lambda at: masked_outputs(mask, self.stream.seen(self.part, at)))
+
+    def _trials(self, heads: Callable[[int], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        def rows(at: int) -> Values:
+            keep = self.stream.keep[at]
+            return _counted(heads(at), keep), _counted(self._original(at), keep)
+
+        return ((z, y) for z, y in self.share(range(len(self.stream.envs)), rows))
 
     def batches(self) -> Iterator[SiteBatch]:
         """What the original weights see, batch by batch."""
         for at in range(len(self.stream.envs)):
             yield self.stream.seen(self.part, at)
 
-    def _original(self, at: int, env: Env) -> Tensor:
+    def _original(self, at: int) -> Tensor:
         """Trials come by the dozen, so what the original gives is kept where it is small."""
-        if at in self.kept:
-            return self.kept[at].double()
-        y = _out_map(self.part.site, self.tensors)(self._enter(env, {}))
-        if y.numel() * len(self.stream.envs) <= KEPT_NUMBERS:
+        if at not in self.kept:
+            y = _out_map(self.part.site, self.tensors)(self._enter(self.stream.envs[at], {}))
+            if y.numel() * len(self.stream.envs) > KEPT_NUMBERS:
+                return y
             self.kept[at] = y.float()
-        return y
+        # rounded from the first time on, for another number of processes asks for other batches first
+        return self.kept[at].double()
 
     def _enter(self, env: Env, new: Mapping[str, Tensor]) -> Tensor:
         local = run_slice(self.stream.machine, self.part, env, new, self.part.entry)
@@ -227,14 +267,17 @@ def _out_map(site: Site, tensors: Callable[[str], Tensor]) -> Callable[[Tensor],
 
 def statistics(stream: Stream, part: Slice, needs: frozenset[str], tensors: Callable[[str], Tensor]) -> SiteStats:
     """Collect what a target declares in `needs` at one site; the stream must have reached it."""
+    names, tokens = sorted(needs), 0
     sums: dict[str, Tensor] = {}
-    tokens = 0
-    for at, keep in enumerate(stream.keep):
-        batch = stream.seen(part, at)
-        tokens += batch.q.shape[0] * batch.q.shape[2] if keep is None else int(keep.sum())
-        for name in sorted(needs):
-            term = NEEDS[name](batch)
-            sums[name] = sums[name] + term if name in sums else term
+
+    def terms(at: int) -> Values:
+        batch, keep = stream.seen(part, at), stream.keep[at]
+        counted = batch.q.shape[0] * batch.q.shape[2] if keep is None else int(keep.sum())
+        return counted, *(NEEDS[name](batch) for name in names)
+
+    for counted, *found in stream.ranks.share(range(len(stream.envs)), terms):
+        tokens += counted
+        sums = {n: sums[n] + x if n in sums else x for n, x in zip(names, found, strict=True)}
     return SiteStats(stream, part, tensors, tokens, sums)
 
 

@@ -133,7 +133,12 @@ def _convert(job: Job, held: Checkpoint, changes: SavedChanges, work: Draft, tel
         return read(next(n for n in (name, *names[name]) if held.entry(n) is not None))
 
     disk = Disk(any_name, job.limit // ROOM, work.journal, changes)
-    convert_sites(job.program, job.found, job.targets, job.batches, tell, job.tuning, disk=disk)
+    told = tell if ranks.first else _silent
+    convert_sites(job.program, job.found, job.targets, job.batches, told, job.tuning, disk=disk, ranks=ranks)
+
+
+def _silent(_name: str, _done: int, _total: int) -> None:
+    return
 
 
 def _summed(planned: Plan, changes: SavedChanges) -> tuple[Plan, dict[str, float | None], tuple[str, ...]]:
@@ -184,15 +189,9 @@ def limit_of(memory: str | None) -> int:
 
 
 def streams(folder: Path, limit: int, memory: str | None, calibration: Any) -> bool:
-    """Whether a conversion from folder to folder goes piece by piece: the model does not fit, or it was asked for."""
-    large, several = too_large(folder, limit), here().count > 1
-    if several and calibration is not None:
-        raise Refused(
-            "stream",
-            f"calibration is not yet shared out, and {here().count} processes were started",
-            "start one, or leave --calibrate away: from the weights alone sites are shared out",
-        )
-    return large or several or (calibration is None and memory is not None)
+    """Whether a conversion from folder to folder goes piece by piece: the model does not fit, several processes share
+    the work, or it was asked for."""
+    return too_large(folder, limit) or here().count > 1 or (calibration is None and memory is not None)
 
 
 def too_large(folder: str | Path, limit: int) -> bool:
