@@ -23,11 +23,11 @@ from torch import Tensor
 
 from bench.memory import memory, reset_peak
 from codegen.eager import rotated
-from passes.calibrate import sdpa_probabilities
 from passes.gqa import GQA
 from passes.mla import MLA
 from passes.moments import NEEDS, SiteBatch
 from passes.refit import output_error
+from passes.seen import sdpa_probabilities
 from passes.trial import heads_outputs
 from rewrite.heads import Heads, Latents, Rewritten, Weights
 from rewrite.mask import causal

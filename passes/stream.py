@@ -41,7 +41,7 @@ from rewrite.program import Program
 from rewrite.ranks import Ranks, here
 from rewrite.shards import Source, lay_out, write_shards
 from rewrite.short import aliases, fill, in_float, kinds, shortened
-from rewrite.site import Dense, Grouped, Latent, Output, Site
+from rewrite.site import Factored, Latent, Output, Site
 from rewrite.table import size
 from rewrite.weights import type_of
 
@@ -213,15 +213,17 @@ def require_job(job: Job, out: Path) -> None:
 
 
 def require_forms(job: Job) -> None:
-    """Raise where a target makes of a site what is not written piece by piece yet."""
-    for site in job.sites:
-        new = job.targets[site.name].after(site)
-        if not isinstance(new.form, (Dense, Grouped, Latent)) or new.mask != site.mask:
-            raise Refused(
-                "stream",
-                f"{site.name} becomes {type(new.form).__name__.lower()}, which is not yet written piece by piece",
-                "leave --memory away, where the model fits into memory: reattn plan says how much it needs",
-            )
+    """Raise where what sites become is not written piece by piece yet."""
+    forms = {s.name: job.targets[s.name].after(s).form for s in job.sites}
+    factored, latent = ([n for n, f in forms.items() if isinstance(f, kind)] for kind in (Factored, Latent))
+    if factored and latent:
+        raise Refused(
+            "stream",
+            f"{factored[0]} gets low-rank projections and {latent[0]} a latent cache: both in one model are not yet "
+            "written piece by piece",
+            "leave --memory away, where the model fits into memory: reattn plan says how much it needs",
+            f"or convert one kind alone: --skip {factored[0]}",
+        )
 
 
 def require_disk(job: Job, out: Path) -> None:

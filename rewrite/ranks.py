@@ -72,15 +72,15 @@ class Ranks:
             return values
         import torch
 
-        packed = _packed(values) if self.rank == owner else torch.empty(0, dtype=torch.uint8)
-        length = torch.tensor([packed.numel()])
+        data = packed(values) if self.rank == owner else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([data.numel()])
         self._give(length, owner)
         if self.rank == owner:
-            self._give(packed, owner)
+            self._give(data, owner)
             return values
-        packed = torch.empty(int(length), dtype=torch.uint8)
-        self._give(packed, owner)
-        return _unpacked(packed)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        self._give(data, owner)
+        return unpacked(data)
 
     def _give(self, tensor: Tensor, owner: int) -> None:
         import torch.distributed as dist
@@ -105,7 +105,7 @@ def _finish(start: Callable[[], Any]) -> None:
         raise lost() from why
 
 
-def _packed(values: Values) -> Tensor:
+def packed(values: Values) -> Tensor:
     """(bytes,) uint8: what the values are as JSON, its length before it, then the tensors' numbers."""
     import torch
 
@@ -126,19 +126,20 @@ def _packed(values: Values) -> Tensor:
     return torch.cat([words, *parts])
 
 
-def _unpacked(packed: Tensor) -> list[Any]:
+def unpacked(data: Tensor) -> list[Any]:
+    """The inverse of `packed`."""
     import torch
 
-    length = int.from_bytes(bytes(packed[:8].tolist()), "little")
+    length = int.from_bytes(bytes(data[:8].tolist()), "little")
     at, values = 8 + length, list[Any]()
-    for told in json.loads(bytes(packed[8:at].tolist())):
+    for told in json.loads(bytes(data[8:at].tolist())):
         if not isinstance(told, list):
             values.append(told)
             continue
         name, shape, order, full = told
         dtype: torch.dtype = getattr(torch, name)
         end = at + dtype.itemsize * torch.Size(shape).numel()
-        once = packed[at:end].clone().view(dtype).view(shape)
+        once = data[at:end].clone().view(dtype).view(shape)
         values.append(once.permute([order.index(d) for d in range(len(order))]).expand(full))
         at = end
     return values

@@ -29,25 +29,28 @@ from rewrite.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 SMALL = "import rewrite.calibration; rewrite.calibration.TOKENS_A_BATCH = 256\n"
-DYING_BATCHES = """
+DYING_LATER = """
 import os, signal
-from passes.calibrate import Stream
+from passes.saved import SavedChanges
 
-whole = Stream.leave
+whole = SavedChanges.__getitem__
 
-def counted(self, *given):
-    whole(self, *given)
+def counted(self, name):
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, name)
 
-Stream.leave = counted
+SavedChanges.__getitem__ = counted
 """
-CALIBRATION = ["--calibrate", str(MODEL.parent / "calibration.txt")]
-CALIBRATED = {
-    "heads": ["gqa:3", *CALIBRATION, "--calibrate-samples", "12", "--calibrate-length", "64"],
-    "latents with one total": ["mla:cache=0.5", *CALIBRATION, "--calibrate-samples", "12", "--calibrate-length", "64"],
-}
+"""All take the first site from the journal to go on with it; one dies there."""
+CALIBRATION = [
+    "--calibrate", str(MODEL.parent / "calibration.txt"), "--calibrate-samples", "12", "--calibrate-length", "64",
+]  # fmt: skip
 """Three batches of four windows."""
+CALIBRATED = {
+    "heads": ["gqa:3,polish=1", *CALIBRATION],
+    "latents with one total": ["mla:cache=0.5,polish=1", *CALIBRATION],
+}
 TWO_SITES = ["--only", "model.layers.[12].*"]
 
 
@@ -102,7 +105,7 @@ def test_batches_are_shared_out(name: str, tmp_path: Path, monkeypatch: pytest.M
     to = (*CALIBRATED[name], *TWO_SITES)
     assert main(words(tmp_path / "alone", to)) == 0
     out = tmp_path / "out"
-    done = together(SMALL + DYING_BATCHES + COMMAND, tmp_path, words(out, to))
+    done = together(SMALL + DYING_LATER + COMMAND, tmp_path, words(out, to))
     assert done.returncode != 0
     assert "error[process-lost]" in done.stderr
     assert not out.exists()
