@@ -12,7 +12,7 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from bench.memory import memory, reset_peak
 from codegen.eager import rotated
-from passes.calibrate import sdpa_probabilities
 from passes.gqa import GQA
 from passes.mla import MLA
 from passes.moments import NEEDS, SiteBatch
 from passes.refit import output_error
+from passes.seen import sdpa_probabilities
 from passes.trial import heads_outputs
 from rewrite.heads import Heads, Latents, Rewritten, Weights
 from rewrite.mask import causal
@@ -123,6 +123,15 @@ class Windows:
         """What the weights see."""
         for x in self.inputs:
             yield self._batch(x)
+
+    def share(self, items: Sequence[Any], work: Callable[[Any], Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        """One process does all."""
+        return map(work, items)
+
+    @property
+    def alone(self) -> Windows:
+        """One process does all."""
+        return self
 
     def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """The heads' outputs with other weights, and the original's output."""

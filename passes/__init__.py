@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from rewrite.heads import Heads, Latents, Rewritten, Weights
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["PIPELINE", "Curve", "Heads", "Latents", "Rewritten", "Spreading", "Stats", "Target", "Weights"]
 
 PIPELINE = ("capture", "canonicalise", "find", "plan", "calibrate", "convert", "lower", "emit", "check")
+
+
+T = TypeVar("T")
 
 
 class Stats(Protocol):
@@ -48,6 +51,16 @@ class Stats(Protocol):
 
     def batches(self) -> Iterator[SiteBatch]:
         """What the site's original weights see on the same activations, batch by batch."""
+        ...
+
+    def share(self, items: Sequence[T], work: Callable[[T], Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        """What `work` makes of every item, tensors and numbers, in order: shared out where several processes run, so
+        that `work` may ask for nothing but what `alone` gives."""
+        ...
+
+    @property
+    def alone(self) -> Stats:
+        """The same, shared out with nobody: for what one process does while others do something else."""
         ...
 
 

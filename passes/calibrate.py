@@ -9,39 +9,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
-from codegen.eager import operand
 from passes import Weights
 from passes.disk import Disk, Reading
 from passes.masked import masked_outputs
 from passes.mla_basis import back, basis
 from passes.moments import NEEDS, SiteBatch
-from passes.region import Env, Machine, Slice, entered, entering, projected, run_slice
+from passes.region import Env, Machine, Slice, entered, entering, run_slice
+from passes.seen import site_batch
 from passes.trial import heads_outputs
 from rewrite.errors import BadUsage
 from rewrite.heads import Latents
 from rewrite.layout import expanded, gather
 from rewrite.mask import Mask
+from rewrite.ranks import ALONE, Ranks, Values
 from rewrite.shared import shared
 from rewrite.site import Site, Tensors
 
 Batch = Mapping[str, Tensor]
-ALL = slice(None)
+T = TypeVar("T")
 KEPT_NUMBERS = 1 << 27
 """Outputs of one site (tokens x width) that are held for its trials: half a gigabyte in float32."""
-SINGLE = 1 << 24
-"""Scores of one window from which on probabilities are computed in single precision, as the model itself has them."""
 
 
 class Stream:
-    """Calibration batches on their way through the graph; `slices` in the order in which they will be asked for."""
+    """Calibration batches on their way through the graph; `slices` in the order in which they will be asked for.
+
+    Of several processes each runs its own batches; of the others it holds what the slice that was reached reads."""
 
     def __init__(
         self,
@@ -50,9 +50,12 @@ class Stream:
         slices: Sequence[Slice],
         tensors: Tensors,
         disk: Disk | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.machine = machine
         self.disk = disk
+        self.ranks = ranks
+        self.owner = [at % ranks.count for at in range(len(batches))]
         self.changed: list[Node] = []
         self.tensors = tensors
         self.at = 0
@@ -72,10 +75,25 @@ class Stream:
         return site_batch(self.machine, part, self.envs[at], self.keep[at], self.tensors, self.backs[site.name])
 
     def reach(self, part: Slice) -> None:
-        """Run every batch until all that the slice reads is known."""
+        """Run every batch until all that the slice reads is known, to every process."""
+        self.run_to(part)
+        for env, owner in zip(self.envs, self.owner, strict=True):
+            env.update(zip(part.boundary, self.ranks.sent(owner, self._known(env, owner, part)), strict=True))
+            self._spill(env)
+
+    def _known(self, env: Env, owner: int, part: Slice) -> Values:
+        return [env[node] for node in part.boundary] if owner == self.ranks.rank else ()
+
+    @property
+    def own(self) -> list[int]:
+        """Places of the batches that this process runs."""
+        return [at for at, owner in enumerate(self.owner) if owner == self.ranks.rank]
+
+    def run_to(self, part: Slice) -> None:
+        """As `reach`, but what the slice reads is known where its batch is run."""
         stop = max((self.machine.place[n] for n in part.boundary), default=-1) + 1
-        for env in self.envs:
-            self._run(env, self.at, stop)
+        for at in self.own:
+            self._run(self.envs[at], self.at, stop)
         self.at = max(self.at, stop)
         if isinstance(self.machine.state, Reading):
             for node in [n for n in self.changed if self.last[n] < self.at]:
@@ -86,14 +104,18 @@ class Stream:
 
         `inner` computes the heads' outputs (tokens, heads, dim) where the slice's own nodes cannot with any tensors.
         """
-        given = [{} if inner is None else self._entry(part, i, inner) for i in range(len(self.envs))]
+        given: dict[int, Env] = {at: {} if inner is None else self._entry(part, at, inner) for at in self.own}
         for name, value in new.items():
             for place in self.machine.of_tensor.get(name, ()):
                 self.machine.state[place] = value.to(self.machine.state[place].dtype)
                 self.changed.append(place)
         self.pins -= Counter(part.boundary)
         done = [n for n in part.nodes if self.machine.place[n] < self.at]
-        for env, known in zip(self.envs, given, strict=True):
+        for at, env in enumerate(self.envs):
+            if at not in given:
+                env.clear()
+                continue
+            known = given[at]
             local = run_slice(self.machine, part, env, {}, done[-1], known) if done else {}
             env.update({n: local[n] for n in done if n in env})
             env.update(known)
@@ -113,7 +135,7 @@ class Stream:
         made.machine.state = self.machine.state.copy()
         made.changed = list(self.changed)
         made.envs = [dict(env) for env in self.envs[batches]]
-        made.keep = self.keep[batches]
+        made.keep, made.owner = self.keep[batches], self.owner[batches]
         made.pins = Counter(self.pins)
         return made
 
@@ -174,37 +196,51 @@ class SiteStats:
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
 
+    def share(self, items: Sequence[T], work: Callable[[T], Values]) -> Iterator[Values]:
+        """What `work` makes of every item, in order, shared out over the processes."""
+        return self.stream.ranks.share(items, work)
+
+    @property
+    def alone(self) -> SiteStats:
+        """The same without the other processes."""
+        stream = copy(self.stream)
+        stream.ranks = ALONE
+        return replace(self, stream=stream)
+
     def attend(self, weights: Weights, kv_of: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch: heads' outputs (tokens, heads, dim) with `weights`, original output (tokens, outputs)."""
         new = expanded(self.part.site, weights, kv_of, self.tensors)
-        for at, (env, keep) in enumerate(zip(self.stream.envs, self.stream.keep, strict=True)):
-            yield _counted(self._enter(env, new), keep), _counted(self._original(at, env), keep)
+        return self._trials(lambda at: self._enter(self.stream.envs[at], new))
 
     def latent(self, latents: Latents) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, as `attend`, with a latent in place of keys and values."""
-        batches = zip(self.stream.envs, self.stream.keep, self.batches(), strict=True)
-        for at, (env, keep, batch) in enumerate(batches):
-            yield _counted(heads_outputs(latents, batch), keep), _counted(self._original(at, env), keep)
+        return self._trials(lambda at: heads_outputs(latents, self.stream.seen(self.part, at)))
 
     def masked(self, mask: Mask) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, as `attend`, with the original's weights and fewer keys."""
-        batches = zip(self.stream.envs, self.stream.keep, self.batches(), strict=True)
-        for at, (env, keep, batch) in enumerate(batches):
-            yield _counted(masked_outputs(mask, batch), keep), _counted(self._original(at, env), keep)
+        return self._trials(lambda at: masked_outputs(mask, self.stream.seen(self.part, at)))
+
+    def _trials(self, heads: Callable[[int], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        def rows(at: int) -> Values:
+            keep = self.stream.keep[at]
+            return _counted(heads(at), keep), _counted(self._original(at), keep)
+
+        return ((z, y) for z, y in self.share(range(len(self.stream.envs)), rows))
 
     def batches(self) -> Iterator[SiteBatch]:
         """What the original weights see, batch by batch."""
         for at in range(len(self.stream.envs)):
             yield self.stream.seen(self.part, at)
 
-    def _original(self, at: int, env: Env) -> Tensor:
+    def _original(self, at: int) -> Tensor:
         """Trials come by the dozen, so what the original gives is kept where it is small."""
-        if at in self.kept:
-            return self.kept[at].double()
-        y = _out_map(self.part.site, self.tensors)(self._enter(env, {}))
-        if y.numel() * len(self.stream.envs) <= KEPT_NUMBERS:
+        if at not in self.kept:
+            y = _out_map(self.part.site, self.tensors)(self._enter(self.stream.envs[at], {}))
+            if y.numel() * len(self.stream.envs) > KEPT_NUMBERS:
+                return y
             self.kept[at] = y.float()
-        return y
+        # rounded from the first time on, for another number of processes asks for other batches first
+        return self.kept[at].double()
 
     def _enter(self, env: Env, new: Mapping[str, Tensor]) -> Tensor:
         local = run_slice(self.stream.machine, self.part, env, new, self.part.entry)
@@ -227,86 +263,15 @@ def _out_map(site: Site, tensors: Callable[[str], Tensor]) -> Callable[[Tensor],
 
 def statistics(stream: Stream, part: Slice, needs: frozenset[str], tensors: Callable[[str], Tensor]) -> SiteStats:
     """Collect what a target declares in `needs` at one site; the stream must have reached it."""
+    names, tokens = sorted(needs), 0
     sums: dict[str, Tensor] = {}
-    tokens = 0
-    for at, keep in enumerate(stream.keep):
-        batch = stream.seen(part, at)
-        tokens += batch.q.shape[0] * batch.q.shape[2] if keep is None else int(keep.sum())
-        for name in sorted(needs):
-            term = NEEDS[name](batch)
-            sums[name] = sums[name] + term if name in sums else term
+
+    def terms(at: int) -> Values:
+        batch, keep = stream.seen(part, at), stream.keep[at]
+        counted = batch.q.shape[0] * batch.q.shape[2] if keep is None else int(keep.sum())
+        return counted, *(NEEDS[name](batch) for name in names)
+
+    for counted, *found in stream.ranks.share(range(len(stream.envs)), terms):
+        tokens += counted
+        sums = {n: sums[n] + x if n in sums else x for n, x in zip(names, found, strict=True)}
     return SiteStats(stream, part, tensors, tokens, sums)
-
-
-def site_batch(
-    machine: Machine,
-    part: Slice,
-    env: Env,
-    keep: Tensor | None,
-    tensors: Callable[[str], Tensor],
-    inverse: Tensor | None,
-) -> SiteBatch:
-    """What a site's original weights see on one batch whose boundary is known; `inverse` as in `SiteBatch.back`."""
-    local = run_slice(machine, part, env, {}, part.entry)
-    site = part.site
-    u = {which: projected(part, local, which).double() for which in "qkv"}
-    values = {
-        which: operand(o, torch.split(u[which], [r.rows for r in o.roots], -1), tensors, None, turned=False)
-        for which, o in (("q", site.q), ("k", site.k), ("v", site.v))
-    }
-
-    def some(windows: slice, at: Tensor | None) -> Tensor:
-        return _probabilities(machine, part, local, env, windows, at)
-
-    return SiteBatch(site, u, values["q"], values["k"], values["v"], lambda: some(ALL, None), keep, some, inverse)
-
-
-def _probabilities(
-    machine: Machine, part: Slice, local: Env, env: Env, windows: slice, queries: Tensor | None
-) -> Tensor:
-    """(windows, heads, queries, keys) from the core's own operation, whatever mask and bias it was given."""
-
-    def look(node: Node) -> Any:
-        return next(values[node] for values in (local, env, machine.state) if node in values)
-
-    for node in part.nodes:
-        name = str(node.target)
-        if "softmax" in name:
-            p = local[node]
-            p = (p if p.dim() == 4 else p.reshape(-1, part.site.heads, *p.shape[-2:]))[windows]
-            return (p if queries is None else p[:, :, queries]).double()
-        if "scaled_dot_product_attention" in name:
-            args: Any = map_arg(node.args, look)
-            kwargs: Any = map_arg(node.kwargs, look)
-            return sdpa_probabilities(*args, **kwargs, windows=windows, queries=queries)
-    raise BadUsage("calibration", f"{part.site.name}: no probabilities to read", "leave the calibration out")
-
-
-def sdpa_probabilities(  # the argument list is that of the operator, then windows and queries
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    windows: slice = ALL,
-    queries: Tensor | None = None,
-) -> Tensor:
-    """(windows, heads, queries, keys) in float64, of some windows and some queries; `queries` None means all."""
-    at = torch.arange(q.shape[-2]) if queries is None else queries
-    q, k = q[windows][..., at, :], k[windows]
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if enable_gqa else k
-    exact = torch.float32 if q[0, ..., 0].numel() * k.shape[-2] >= SINGLE else torch.float64
-    scores = q.to(exact) * (scale if scale is not None else q.shape[-1] ** -0.5) @ k.to(exact).transpose(-1, -2)
-    if is_causal:
-        scores.masked_fill_(torch.arange(scores.shape[-1]) > at[:, None], -torch.inf)
-    if attn_mask is not None:
-        attn_mask = attn_mask[windows] if attn_mask.dim() == q.dim() and len(attn_mask) > 1 else attn_mask
-        attn_mask = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., at, :]
-        masked = attn_mask.dtype == torch.bool
-        scores.masked_fill_(~attn_mask, -torch.inf) if masked else scores.add_(attn_mask.to(exact))
-    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    return scores.div_(scores.sum(-1, keepdim=True)).nan_to_num_().double()

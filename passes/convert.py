@@ -19,6 +19,7 @@ from passes.tune import Tuning, tune
 from rewrite.heads import Rewritten
 from rewrite.layout import expanded, gather
 from rewrite.program import Program
+from rewrite.ranks import ALONE, Ranks
 from rewrite.site import Site, Sparse, Tensors
 from rewrite.threads import one_thread
 
@@ -65,17 +66,20 @@ def convert_sites(
     tuning: Tuning | None = None,
     measure: bool = True,
     disk: Disk | None = None,
+    ranks: Ranks = ALONE,
 ) -> Mapping[str, Change]:
     """Rewrite every site that `targets` names. Without batches from the weights alone; with them layer after layer,
     each on the activations that the sites converted before it leave behind. `tuning` needs batches. With a `disk` the
-    program's parameters may lie on meta, and sites that were converted before are taken from there."""
+    program's parameters may lie on meta, and sites that were converted before are taken from there; several
+    `ranks` need one, as what the first of them makes of a site is what all go on with."""
     tensors: Tensors = named_tensors(program.module) if disk is None else disk.read
     picked = [(s, r) for s, r in zip(found.sites, found.regions, strict=True) if s.name in targets]
     changes: MutableMapping[str, Change] = {} if disk is None else disk.changes
     if not batches:
         convert_alone([site for site, _ in picked], targets, tensors, changes, progress)
         return changes
-    if all(site.name in changes for site, _ in picked):
+    (finished,) = ranks.share([None], lambda _: [site.name in changes for site, _ in picked])
+    if all(finished):
         return changes
     running = program.dynamic or program.static
     machine = Machine(running, program.module, disk)
@@ -84,14 +88,18 @@ def convert_sites(
     sites = [part.site for part in slices]
     total = len(slices) + len(open_shares(sites, targets))
     tell = _Counted(progress, total)
-    targets = spread_targets(machine, slices, targets, batches, tensors, tell, disk)
-    stream = Stream(machine, batches, slices, tensors, disk)
+    targets = spread_targets(machine, slices, targets, batches, tensors, tell, disk, ranks)
+    done = {site.name for (site, _), known in zip(picked, finished, strict=True) if known}
+    stream = Stream(machine, batches, slices, tensors, disk, ranks)
     for part in slices:
         name = part.site.name
         stream.reach(part)
-        if name not in changes:
+        if name not in done:
             tell(name)
-            changes[name] = _convert_on(stream, part, targets[name], tensors, tuning, measure)
+            change = _convert_on(stream, part, targets[name], tensors, tuning, measure)
+            if ranks.first:
+                changes[name] = change
+            ranks.meet()
         made = changes[name].rewritten
         stream.leave(part, expanded(part.site, made.weights, made.site.kv_of, tensors), inner(made))
     return changes if disk is not None else {s.name: changes[s.name] for s, _ in picked}

@@ -16,7 +16,6 @@ from rewrite.emit.large import Large, Proven
 from rewrite.emit.stock import fields
 from rewrite.emit.twin import share_alike
 from rewrite.emit.validate import differs_in_logits
-from rewrite.errors import Refused
 from rewrite.program import Program
 from rewrite.short import in_float, kinds
 
@@ -57,13 +56,6 @@ def _proven(short: Program, pairs: Pairs, kind: dict[str, str]) -> Proven:
     """The emission of the sites that the model cut short holds, in its own class."""
     there = dict(short.module.named_parameters(remove_duplicate=False))
     near = {n: p for n in pairs if (p := pairs[n])[0].q.roots[0].tensor in there}
-    factored = [n for n, (_, new) in near.items() if new.factors is not None]
-    if factored:
-        raise Refused(
-            "stream",
-            f"{factored[0]} becomes a product of matrices, a form that is not yet written piece by piece",
-            "leave --memory away, where the model fits into memory",
-        )
     emitted = emit_changes(short.module, near, short, "own")  # pyright: ignore[reportArgumentType]
     share_alike(emitted.model, short.module)  # pyright: ignore[reportArgumentType]
     return Proven(short.module, short.kwargs, emitted, near, kind)  # pyright: ignore[reportArgumentType]

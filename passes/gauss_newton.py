@@ -6,21 +6,22 @@ gradients on the linearised attention, kept only where the error falls on tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from passes.refit import RIDGES, Sums, head_rows, kept_sums, solved
+from rewrite.ranks import ALONE, Share
 
 INNER = 8
 """Conjugate gradients a step; each costs about three forward passes of the attention."""
 DAMPING = 1e-2
 SETTLED = 0.02
 """A step that changes the error by less than this part is the last."""
-
 
 M = TypeVar("M", bound="Unknowns")
 S = TypeVar("S", bound="Seen", contravariant=True)
@@ -33,6 +34,10 @@ class Unknowns(Protocol):
     @property
     def parts(self) -> Sequence[Tensor]:
         """All numbers."""
+        ...
+
+    def of(self: M, parts: Sequence[Tensor]) -> M:
+        """Another point, of these numbers."""
         ...
 
     def plus(self: M, step: M, size: float = 1.0) -> M:
@@ -105,11 +110,12 @@ class Point(Generic[M]):
 
 @dataclass(frozen=True, eq=False)
 class Problem(Generic[S, M, L]):
-    """An attention on a stage; `biased` where its output has a bias."""
+    """An attention on a stage; `biased` where its output has a bias. `share` works on scenes (`Ranks.share`)."""
 
     stage: Sequence[S]
     attention: Attention[S, M, L]
     biased: bool
+    share: Share = ALONE.share
 
     def descend(self, maps: M, out: Tensor, steps: int, *, negligible: float, enough: int) -> tuple[Point[M], Point[M]]:
         """The start, and the best point of at most `steps` steps: the start itself where its error is `negligible`,
@@ -144,27 +150,29 @@ class Problem(Generic[S, M, L]):
         return Point(maps, best, fit.error(best), judge.error(best))
 
     def _sums(self, maps: M) -> tuple[Sums, Sums]:
-        sums: list[Sums] = []
-        for scene in self.stage:
+        def terms(scene: S) -> list[Any]:
             z = head_rows(self.attention.run(scene, maps).z, self.biased)
-            terms = [kept_sums(z, scene.out, keep) for keep in (scene.fits, scene.judges)]
-            sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
+            fit, judge = (kept_sums(z, scene.out, keep) for keep in (scene.fits, scene.judges))
+            return [*fit.numbers, *judge.numbers]
+
+        sums: list[Sums] = []
+        for found in self.share(self.stage, terms):
+            more = [Sums(*found[:4]), Sums(*found[4:])]
+            sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
         if not sums:
             raise ValueError("the calibration holds no batch")
         return sums[0], sums[1]
 
     def step(self, at: Point[M], damping: float) -> M:
         """(JᵀJ + λ)δ = -Jᵀr by conjugate gradients; λ relative to the curvature along the gradient."""
-        lines = [self.attention.run(scene, at.maps) for scene in self.stage]
-        z = lines[0].z
-        heads = at.out[:, : at.out.shape[1] - self.biased].unflatten(1, (z.shape[1], -1)).to(z.dtype)
-        x, r = at.maps.plus(at.maps, -1.0), self._downhill(lines, at, heads)
+        lines = _Lines(self, at)
+        x, r = at.maps.plus(at.maps, -1.0), lines.added(lines.downhill)
         p, size = r, r.dot(r)
         damp: float | None = None
         for _ in range(INNER):
             if size <= 0:
                 break
-            bent = self._curve(lines, at.maps, p, heads)
+            bent = lines.added(partial(lines.curve, p))
             damp = damping * p.dot(bent) / p.dot(p) if damp is None else damp
             bent = bent.plus(p, damp)
             length = size / p.dot(bent)
@@ -173,18 +181,43 @@ class Problem(Generic[S, M, L]):
             p = r.plus(p, size / old)
         return x
 
-    def _downhill(self, lines: Sequence[L], at: Point[M], heads: Tensor) -> M:
-        total = at.maps.plus(at.maps, -1.0)
-        for line in lines:
-            made = (head_rows(line.z, self.biased) @ at.out.T).reshape(line.scene.out.shape)
-            wrong = ((line.scene.out - made) * line.scene.fits[..., None]).to(heads.dtype)
-            total = total.plus(self.attention.pull(line, at.maps, torch.einsum("bto,ohd->bhtd", wrong, heads)))
+
+@dataclass(frozen=True, eq=False)
+class _Lines(Generic[S, M, L]):
+    """A problem linearised at a point; `known` holds the scenes that this process has come to."""
+
+    problem: Problem[S, M, L]
+    at: Point[M]
+    known: dict[int, L] = field(default_factory=dict)
+
+    def added(self, slope: Callable[[L], M]) -> M:
+        """The sum of a slope over all scenes."""
+
+        def of(place: int) -> Sequence[Tensor]:
+            if place not in self.known:
+                self.known[place] = self.problem.attention.run(self.problem.stage[place], self.at.maps)
+            return slope(self.known[place]).parts
+
+        total = self.at.maps.plus(self.at.maps, -1.0)
+        for parts in self.problem.share(range(len(self.problem.stage)), of):
+            total = total.plus(self.at.maps.of(parts))
         return total
 
-    def _curve(self, lines: Sequence[L], maps: M, step: M, heads: Tensor) -> M:
-        total = maps.plus(maps, -1.0)
-        for line in lines:
-            change = torch.einsum("bhtd,ohd->bto", self.attention.push(line, maps, step), heads)
-            change = change * line.scene.fits[..., None].to(heads.dtype)
-            total = total.plus(self.attention.pull(line, maps, torch.einsum("bto,ohd->bhtd", change, heads)))
-        return total
+    def downhill(self, line: L) -> M:
+        """-Jᵀr of one scene."""
+        made = (head_rows(line.z, self.problem.biased) @ self.at.out.T).reshape(line.scene.out.shape)
+        wrong = ((line.scene.out - made) * line.scene.fits[..., None]).to(line.z.dtype)
+        slope = torch.einsum("bto,ohd->bhtd", wrong, self._heads(line))
+        return self.problem.attention.pull(line, self.at.maps, slope)
+
+    def curve(self, step: M, line: L) -> M:
+        """JᵀJ of one scene, times a step."""
+        attention, heads = self.problem.attention, self._heads(line)
+        change = torch.einsum("bhtd,ohd->bto", attention.push(line, self.at.maps, step), heads)
+        change = change * line.scene.fits[..., None].to(heads.dtype)
+        return attention.pull(line, self.at.maps, torch.einsum("bto,ohd->bhtd", change, heads))
+
+    def _heads(self, line: L) -> Tensor:
+        """(outputs, h, d) the output projection."""
+        flat = self.at.out[:, : self.at.out.shape[1] - self.problem.biased]
+        return flat.unflatten(1, (line.z.shape[1], -1)).to(line.z.dtype)

@@ -5,8 +5,9 @@ before: k_i, v_i for every kv head          after: one k, v a group; W_q, W_o ta
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from rewrite.site import Affine, Grouped, Operand, Site
 if TYPE_CHECKING:
     from passes import Stats
 
+T = TypeVar("T")
 Method = Literal["default", "mean", "aligned"]
 VALUE_SHARE = 0.2
 """Weight of the values' loss beside the keys' when groups are chosen; each relative to its total."""
@@ -151,14 +153,20 @@ def _splits(known: Facts, weights: Weights, groups: int, most: int) -> tuple[Gro
 def _searched(known: Facts, weights: Weights, groups: int, stats: Stats) -> Parts:
     """The grouping, then the phase moments, with the least output error measured on part of the calibration."""
 
+    alone = stats.alone
+
     def error(split: Grouping, even: float | None) -> float:
         parts = _merged(known, weights, split, even)
         made = parts.weights(weights)
-        return refitted_error(made, measure(stats, made, parts.order.kv_of, TRIALS))
+        return refitted_error(made, measure(alone, made, parts.order.kv_of, TRIALS))
+
+    def least(tried: Sequence[T], lost: Callable[[T], float]) -> T:
+        errors = [found[0] for found in stats.share(tried, lambda one: (lost(one),))]
+        return tried[errors.index(min(errors))]
 
     splits = _splits(known, weights, groups, CANDIDATES)
-    split = splits[0] if len(splits) == 1 else min(splits, key=lambda s: error(s, EVEN[1]))
-    even = min(EVEN, key=lambda e: error(split, e)) if known.site.k.rope is not None else None
+    split = splits[0] if len(splits) == 1 else least(splits, lambda s: error(s, EVEN[1]))
+    even = least(EVEN, lambda e: error(split, e)) if known.site.k.rope is not None else None
     return _merged(known, weights, split, even)
 
 

@@ -26,6 +26,7 @@ from passes.mla_source import Known, known, shifted
 from passes.refit import refit
 from rewrite.heads import Latents, Rewritten, Weights
 from rewrite.modules import why_normed
+from rewrite.ranks import Share
 from rewrite.site import Latent, Site
 
 if TYPE_CHECKING:
@@ -156,9 +157,9 @@ class MLA:
         stage = stage_of(stats, weights)
         if self._rebuilt:
             closed = rebuilt_sizes(rebuilder(site, weights, stats, stage))
-            return curve(closed, weights, stage, share, full.total, self.refit)
+            return curve(closed, weights, stage, share, full.total, self.refit, stats.share)
         absorber = self._measured(known(site, weights, stats.moments, stats.tokens), stage, full.total)
-        return curve(absorbed_sizes(absorber, share), weights, stage, share, full.total, self.refit)
+        return curve(absorbed_sizes(absorber, share), weights, stage, share, full.total, self.refit, stats.share)
 
     def sized(self, site: Site, size: int) -> MLA:
         """The target at one size."""
@@ -198,7 +199,7 @@ class MLA:
         way = (
             UNMEASURED
             if stats is None
-            else search_way(lambda w: _lost(stage, weights, closed.seen, closed.latents(w, rank)), site)
+            else search_way(lambda w: _lost(stage, weights, closed.seen, closed.latents(w, rank), stats.share), site)
         )
         latents = closed.latents(way, rank)
         made = shifted(closed.seen, weights, latents)
@@ -221,9 +222,11 @@ class MLA:
         stage = stage_of(stats, weights)
         absorber = self._measured(seen, stage, shape.total)
         total = shape.total
-        setting = search(
-            absorber, total, self._fixed(shape), lambda s: _lost(stage, weights, seen, absorber.latents(s, total))
-        )
+
+        def lost(setting: Setting) -> float:
+            return _lost(stage, weights, seen, absorber.latents(setting, total), stats.share)
+
+        setting = search(absorber, total, self._fixed(shape), lost)
         latents = absorber.latents(setting, total)
         made = shifted(seen, weights, latents)
         notes: list[str] = []
@@ -267,10 +270,10 @@ class MLA:
         starts = [absorber.latents(s, shape.total) for s in settings]
         stage = [*scenes(stats, weights, POLISH_TOKENS, every=POLISH_EVERY)]
         first = min(self.polish, CHOOSING) if len(starts) > 1 else self.polish
-        tried = [polish(stage, s, shifted(absorber.known, weights, s), first) for s in starts]
+        tried = [polish(stage, s, shifted(absorber.known, weights, s), first, stats.share) for s in starts]
         best = min(tried, key=lambda p: p.error)
         if first < self.polish:
-            best = polish(stage, best.latents, best.weights, self.polish - first)
+            best = polish(stage, best.latents, best.weights, self.polish - first, stats.share)
         return best.latents, best.weights
 
     def _fixed(self, shape: Shape) -> int | None:
@@ -278,9 +281,9 @@ class MLA:
         return shape.rope_dim if self.rank is not None or self.even else None
 
 
-def _lost(stage: Sequence[Scene], weights: Weights, seen: Known, latents: Latents) -> float:
+def _lost(stage: Sequence[Scene], weights: Weights, seen: Known, latents: Latents, share: Share) -> float:
     """The measured error of some latents, the output's bias as it then is."""
-    return error(stage, latents, shifted(seen, weights, latents))
+    return error(stage, latents, shifted(seen, weights, latents), share)
 
 
 def _each(value: float | tuple[float, ...] | None) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from passes.mla_shape import sizes
 from passes.mla_source import Known, shifted
 from passes.refit import Measured, flat, refit, refitted_error
 from rewrite.heads import Latents, Rewritten, Weights
+from rewrite.ranks import ALONE, Share
 from rewrite.site import Latent
 
 TELLING = 1e-4
@@ -59,12 +60,20 @@ class _Tried:
     seen: Measured
 
 
-def curve(closed: Closed[S], weights: Weights, stage: Sequence[Scene], share: int, full: int, refits: bool) -> Curve:
-    """Errors at sizes around `share`; at `full` numbers nothing is lost."""
+def curve(
+    closed: Closed[S],
+    weights: Weights,
+    stage: Sequence[Scene],
+    share: int,
+    full: int,
+    refits: bool,
+    work: Share = ALONE.share,
+) -> Curve:
+    """Errors at sizes around `share`; at `full` numbers nothing is lost. `work` shares scenes out (`Ranks.share`)."""
 
     def lost(setting: S) -> float:
         latents = closed.latents(setting, share)
-        return error(stage, latents, shifted(closed.seen, weights, latents))
+        return error(stage, latents, shifted(closed.seen, weights, latents), work)
 
     def tried(setting: S, size: int) -> _Tried:
         latents = closed.latents(setting, size)

@@ -20,6 +20,7 @@ from passes.moments import SCORES
 from passes.polish_scene import capped
 from passes.refit import flat, shaped
 from rewrite.heads import Latents, Weights
+from rewrite.ranks import ALONE, Share
 
 NEGLIGIBLE = 1e-5
 """Relative error of the output that no step is worth taking against."""
@@ -36,6 +37,10 @@ class Maps:
     and up_v (h, dv, r)."""
 
     parts: tuple[Tensor, ...]
+
+    def of(self, parts: Sequence[Tensor]) -> Maps:
+        """Other maps, from the five."""
+        return Maps(tuple(parts))
 
     def plus(self, step: Maps, size: float = 1.0) -> Maps:
         """This and `size` times a step."""
@@ -139,10 +144,12 @@ def _scores(scene: Scene, every: int) -> float:
     return windows * min(heads * keys * keys / every, SCORES)
 
 
-def polish(stage: Sequence[Scene], latents: Latents, weights: Weights, steps: int) -> Polished:
+def polish(
+    stage: Sequence[Scene], latents: Latents, weights: Weights, steps: int, share: Share = ALONE.share
+) -> Polished:
     """The latent and the output projection with less error on unseen tokens, or as they were."""
     white, stage = whitened(stage)
-    problem = Problem(stage, Absorbed(latents.frequencies), weights.out_bias is not None)
+    problem = Problem(stage, Absorbed(latents.frequencies), weights.out_bias is not None, share)
     start, now = problem.descend(white.enter(latents), flat(weights), steps, negligible=NEGLIGIBLE, enough=ENOUGH)
     if now is start:
         return Polished(latents, weights, start.judges)

@@ -5,7 +5,7 @@ Scenes are some windows of the calibration in single precision, held for the doz
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from codegen.latent import attention
 from passes import Stats
 from passes.moments import SCORES, SiteBatch, windowed
-from passes.refit import Measured, measured, output_error
+from passes.refit import Measured, measured, relative, squares
 from passes.trial import trial
 from rewrite.heads import Latents, Weights
+from rewrite.ranks import ALONE, Share
 from rewrite.site import Site
 
 REAL = torch.float32
@@ -167,14 +168,13 @@ def _rows(site: Site) -> int:
 
 def measure(stage: Iterable[Scene], latents: Latents, weights: Weights) -> Measured:
     """Moments of the heads' outputs with a latent and of the original's output: tokens that fit, tokens that judge."""
-    return measured(_trials(stage, latents), weights.out_bias is not None)
+    return measured((_trial(scene, latents) for scene in stage), weights.out_bias is not None)
 
 
-def error(stage: Iterable[Scene], latents: Latents, weights: Weights) -> float:
+def error(stage: Sequence[Scene], latents: Latents, weights: Weights, share: Share = ALONE.share) -> float:
     """Squared error of the attention's output relative to its energy, the output projection as in `weights`."""
-    return output_error(_trials(stage, latents), weights)
+    return relative(share(stage, lambda scene: squares(*_trial(scene, latents), weights)))
 
 
-def _trials(stage: Iterable[Scene], latents: Latents) -> Iterator[tuple[Tensor, Tensor]]:
-    for scene in stage:
-        yield scene.heads(latents).transpose(1, 2)[scene.keep].double(), scene.out[scene.keep]
+def _trial(scene: Scene, latents: Latents) -> tuple[Tensor, Tensor]:
+    return scene.heads(latents).transpose(1, 2)[scene.keep].double(), scene.out[scene.keep]

@@ -42,7 +42,7 @@ def polish(site: Site, source: Weights, parts: Parts, stats: Stats, steps: int) 
     """The parts with less output error on unseen tokens, or as they were."""
     white = whiten(stats, parts, TOKENS)
     stage = [*scenes(stats, parts, white, source, TOKENS)]
-    problem = Problem(stage, Merged(parts.gains), source.out_bias is not None)
+    problem = Problem(stage, Merged(parts.gains), source.out_bias is not None, stats.share)
     start, now = problem.descend(white.enter(parts), _flat(parts), steps, negligible=NEGLIGIBLE, enough=ENOUGH)
     if now is start:
         return parts

@@ -7,7 +7,7 @@ per query that softmax ignores. Nothing here needs to know how the model spells 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,10 @@ class Maps:
     q: Tensor
     k: Tensor
     v: Tensor
+
+    def of(self, parts: Sequence[Tensor]) -> Maps:
+        """Other maps, from the three."""
+        return Maps(*parts)
 
     def plus(self, step: Maps, size: float = 1.0) -> Maps:
         """This and `size` times a step."""

@@ -6,7 +6,7 @@ W_o <- W_o + (S_yz - W_o S_zz)(S_zz + λ)⁻¹, a ridge towards the W_o that was
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -41,6 +41,11 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.zz + other.zz, self.yz + other.yz, self.yy + other.yy, self.count + other.count)
+
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor, float, int]:
+        """All four, in the order in which they are given."""
+        return self.zz, self.yz, self.yy, self.count
 
     def lack(self, out: Tensor) -> Tensor:
         """(outputs, h*d [+ 1]) the moments of what `out` @ z̃ leaves of y, with z̃."""
@@ -106,14 +111,23 @@ class _Adding:
 
 def output_error(trials: Iterable[tuple[Tensor, Tensor]], weights: Weights) -> float:
     """Squared error of the attention's output relative to the output's energy; trials are (heads' outputs, y)."""
-    wrong = total = 0.0
+    return relative(squares(z, y, weights) for z, y in trials)
+
+
+def squares(z: Tensor, y: Tensor, weights: Weights) -> tuple[float, float]:
+    """The squared error of one trial's outputs, and the output's energy."""
     # a wide site's products take seconds; single precision rounds far below what any conversion loses
     short = len(weights.out) > WIDE and weights.out[0].numel() > WIDE
-    for z, y in trials:
-        made = torch.einsum("nhd,ohd->no", *(x.float() if short else x for x in (z, weights.out)))
-        made = made if weights.out_bias is None else made + weights.out_bias
-        wrong += float((made - y).square().sum())
-        total += float(y.square().sum())
+    made = torch.einsum("nhd,ohd->no", *(x.float() if short else x for x in (z, weights.out)))
+    made = made if weights.out_bias is None else made + weights.out_bias
+    return float((made - y).square().sum()), float(y.square().sum())
+
+
+def relative(found: Iterable[Sequence[float]]) -> float:
+    """The sum of squared errors relative to the sum of energies."""
+    wrong = total = 0.0
+    for error, energy in found:
+        wrong, total = wrong + error, total + energy
     return wrong / total if total else 0.0
 
 

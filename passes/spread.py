@@ -20,6 +20,7 @@ from passes.knapsack import between, spread
 from passes.region import Machine, Slice
 from passes.trial import inner
 from rewrite.layout import expanded, gather
+from rewrite.ranks import ALONE, Ranks, Values
 from rewrite.site import Site, Tensors
 
 STEPS = 16
@@ -73,6 +74,7 @@ def spread_targets(
     tensors: Tensors,
     tell: Callable[[str], None],
     disk: Disk | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Target]:
     """The targets at the sizes that together lose least and are no more than their shares are."""
     shares = open_shares([part.site for part in slices], targets)
@@ -80,7 +82,7 @@ def spread_targets(
     if not shares or end is None:
         return dict(targets)
     errors: dict[str, dict[int, float]] = {}
-    probe = _Probe(Stream(machine, batches, [*slices, end], tensors, disk), end, tensors)
+    probe = _Probe(Stream(machine, batches, [*slices, end], tensors, disk, ranks), end, tensors)
     for part in slices:
         target = targets[part.site.name]
         if part.site.name in shares and isinstance(target, Spreading):
@@ -97,7 +99,8 @@ class _Probe:
 
     def __init__(self, stream: Stream, end: Slice, tensors: Tensors) -> None:
         self.stream, self.end, self.tensors = stream, end, tensors
-        self.predicted = self._predicted(stream.fork(slice(1)))
+        # gigabytes of a large vocabulary, which only the process that runs the first batch needs
+        self.predicted = self._predicted(stream.fork(slice(1))) if stream.ranks.first else None
 
     def errors(self, part: Slice, target: Spreading) -> dict[int, float]:
         """Size -> what the model's predictions lose, in nats per token and to first order."""
@@ -116,15 +119,20 @@ class _Probe:
         return replace(judging, moments={name: share * value for name, value in fitting.moments.items()})
 
     def _lost(self, part: Slice, curve: Curve) -> float:
+        (found,) = self.stream.ranks.share([curve], lambda c: self._measured(part, c))
+        return found[0]
+
+    def _measured(self, part: Slice, curve: Curve) -> Values:
         fork, made = self.stream.fork(slice(1)), curve.example
         edits = expanded(part.site, made.weights, made.site.kv_of, self.tensors)
         fork.leave(part, edits, inner(made))
         before, after = self.predicted, self._predicted(fork)
-        return max(float((before.exp() * (before - after)).sum(-1).double().mean()), 0.0)
+        lost = 0.0 if before is None else float((before.exp() * (before - after)).sum(-1).double().mean())
+        return (max(lost, 0.0),)
 
     def _predicted(self, stream: Stream) -> Tensor:
         """(tokens, vocabulary) log probabilities of the stream's one batch."""
-        stream.reach(self.end)
+        stream.run_to(self.end)
         scores, keep = stream.envs[0][self.end.out].float().log_softmax(-1), stream.keep[0]
         rows = scores.flatten(0, -2)
         return rows[keep.reshape(-1)] if keep is not None and keep.numel() == len(rows) else rows

@@ -41,7 +41,7 @@ from rewrite.program import Program
 from rewrite.ranks import Ranks, here
 from rewrite.shards import Source, lay_out, write_shards
 from rewrite.short import aliases, fill, in_float, kinds, shortened
-from rewrite.site import Dense, Grouped, Latent, Output, Site
+from rewrite.site import Factored, Latent, Output, Site
 from rewrite.table import size
 from rewrite.weights import type_of
 
@@ -133,7 +133,12 @@ def _convert(job: Job, held: Checkpoint, changes: SavedChanges, work: Draft, tel
         return read(next(n for n in (name, *names[name]) if held.entry(n) is not None))
 
     disk = Disk(any_name, job.limit // ROOM, work.journal, changes)
-    convert_sites(job.program, job.found, job.targets, job.batches, tell, job.tuning, disk=disk)
+    told = tell if ranks.first else _silent
+    convert_sites(job.program, job.found, job.targets, job.batches, told, job.tuning, disk=disk, ranks=ranks)
+
+
+def _silent(_name: str, _done: int, _total: int) -> None:
+    return
 
 
 def _summed(planned: Plan, changes: SavedChanges) -> tuple[Plan, dict[str, float | None], tuple[str, ...]]:
@@ -184,15 +189,9 @@ def limit_of(memory: str | None) -> int:
 
 
 def streams(folder: Path, limit: int, memory: str | None, calibration: Any) -> bool:
-    """Whether a conversion from folder to folder goes piece by piece: the model does not fit, or it was asked for."""
-    large, several = too_large(folder, limit), here().count > 1
-    if several and calibration is not None:
-        raise Refused(
-            "stream",
-            f"calibration is not yet shared out, and {here().count} processes were started",
-            "start one, or leave --calibrate away: from the weights alone sites are shared out",
-        )
-    return large or several or (calibration is None and memory is not None)
+    """Whether a conversion from folder to folder goes piece by piece: the model does not fit, several processes share
+    the work, or it was asked for."""
+    return too_large(folder, limit) or here().count > 1 or (calibration is None and memory is not None)
 
 
 def too_large(folder: str | Path, limit: int) -> bool:
@@ -214,15 +213,17 @@ def require_job(job: Job, out: Path) -> None:
 
 
 def require_forms(job: Job) -> None:
-    """Raise where a target makes of a site what is not written piece by piece yet."""
-    for site in job.sites:
-        new = job.targets[site.name].after(site)
-        if not isinstance(new.form, (Dense, Grouped, Latent)) or new.mask != site.mask:
-            raise Refused(
-                "stream",
-                f"{site.name} becomes {type(new.form).__name__.lower()}, which is not yet written piece by piece",
-                "leave --memory away, where the model fits into memory: reattn plan says how much it needs",
-            )
+    """Raise where what sites become is not written piece by piece yet."""
+    forms = {s.name: job.targets[s.name].after(s).form for s in job.sites}
+    factored, latent = ([n for n, f in forms.items() if isinstance(f, kind)] for kind in (Factored, Latent))
+    if factored and latent:
+        raise Refused(
+            "stream",
+            f"{factored[0]} gets low-rank projections and {latent[0]} a latent cache: both in one model are not yet "
+            "written piece by piece",
+            "leave --memory away, where the model fits into memory: reattn plan says how much it needs",
+            f"or convert one kind alone: --skip {factored[0]}",
+        )
 
 
 def require_disk(job: Job, out: Path) -> None:

@@ -93,7 +93,7 @@ def convert(
     `memory` ("4GB") is the most that a conversion from folder to folder may hold, 80 % of what is free where it is not
     given. Where the model does not fit it goes site by site and shard by shard, and gives a `Written`; so it does from
     weights alone where `memory` is given. What an earlier such run has finished is taken up, unless `resume` is False.
-    Under torchrun sites are shared out, and all processes but the first get None.
+    Under torchrun sites are shared out, or with calibration its batches, and all processes but the first get None.
     Raises where no site can be converted; a failed check is told by the report, and names the folder `out.failed`.
     """
     wanted = _one(target)

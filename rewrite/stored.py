@@ -1,7 +1,7 @@
 """What a target made of a site, as tensors and JSON text, so that it can wait on disk; read back it is the same bits.
 
-Only the dataclasses of `rewrite/site.py` and `rewrite/heads.py` are written and read; a site is what differs from its
-source's, so that what no target changes (its mask) is never written.
+Only the dataclasses of `rewrite/site.py` and `rewrite/heads.py`, and masks as the algebra that reads back to them, are
+written and read; a site is what differs from its source's, so that what no target changes is never written.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewrite import heads, site
 from rewrite.heads import Rewritten
+from rewrite.mask import Mask, parse
 from rewrite.site import Site, digest
 
 KNOWN: dict[str, type[Any]] = {
@@ -54,6 +55,8 @@ class _Writer:
     def text(self, value: Any, at: str) -> Any:
         if isinstance(value, (Tensor, np.ndarray)):
             return self._array(value, at)
+        if isinstance(value, Mask):
+            return {"is": "Mask", "has": {n: self.text(v, f"{at}.{n}") for n, v in _mask_parts(value, at).items()}}
         if is_dataclass(value) and not isinstance(value, type):
             inner = {f.name: self.text(getattr(value, f.name), f"{at}.{f.name}") for f in fields(value)}
             return {"is": type(value).__name__, "has": inner}
@@ -74,6 +77,13 @@ class _Writer:
             self.tensors[name] = narrowest(held.detach().cpu().contiguous())
         kind = str(value.dtype).removeprefix("torch.")
         return {"of": kind, "array" if isinstance(value, np.ndarray) else "tensor": self.names[id(value)]}
+
+
+def _mask_parts(mask: Mask, at: str) -> dict[str, Any]:
+    tables = {n: np.asarray(t) for n, t in mask.tables.items()}
+    if parse(mask.text, tables).keep != mask.keep:
+        raise TypeError(f"{at}: the mask {mask} cannot be stored, its algebra reads back as another one")
+    return {"name": mask.name, "text": mask.text, "origin": mask.origin, "tables": tables}
 
 
 def narrowest(value: Tensor) -> Tensor:
@@ -99,6 +109,9 @@ class _Reader:
         if not isinstance(text, dict):
             return text
         given = cast("dict[str, Any]", text)
+        if given.get("is") == "Mask":
+            parts = {k: self.value(v) for k, v in given["has"].items()}
+            return Mask(parts["name"], parse(parts["text"], parts["tables"]).keep, parts["origin"], parts["tables"])
         if set(given) == {"is", "has"}:
             return KNOWN[given["is"]](**{k: self.value(v) for k, v in given["has"].items()})
         if "of" in given:

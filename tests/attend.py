@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,13 @@ class HandStats:
             inverse = back(basis(site, w))
             p = lambda x=x: probabilities(site, w, site.kv_of, x, self.bias)  # noqa: E731
             yield SiteBatch(site, u, *values, p, None, back=inverse)
+
+    def share(self, items: Sequence[Any], work: Callable[[Any], Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        return map(work, items)
+
+    @property
+    def alone(self) -> HandStats:
+        return self
 
 
 def stats_of(site: Site, weights: Weights, seed: int = 0, bias: Tensor | None = None, rows: int = 4) -> HandStats:

@@ -16,18 +16,22 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
+from rewrite.cuts import Cut, cuts
+from rewrite.emit import factored, latent, sparse
 from rewrite.emit.choose import Changes, Emitted, padded
 from rewrite.emit.deepseek import Layout, attention, scaled
 from rewrite.emit.deepseek_refuse import layer_of
 from rewrite.emit.edits import edited, per_query_head
+from rewrite.emit.factored import module_tensors
 from rewrite.emit.files import dress
-from rewrite.emit.latent import factor_of, module_tensors, recipe
+from rewrite.emit.latent import factor_of
 from rewrite.emit.observe import Log, observe
 from rewrite.emit.stock import Field, Pairs, built, config_with, fields, smaller
 from rewrite.emit.twin import table, twin
 from rewrite.emit.validate import kernels
 from rewrite.emit.view import Recipe, recipes, small_tensors
 from rewrite.errors import Refused
+from rewrite.heads import Rewritten
 from rewrite.modules import owner
 from rewrite.site import Affine, Output, Site, Tensors
 
@@ -78,7 +82,7 @@ def touched(site: Site) -> set[str]:
 
 
 def own(full: PreTrainedModel, changes: Changes, names: Sequence[str], proven: Proven, tensors: Tensors) -> Large:
-    """The model in its own class: forms stock, grouped, view and latent. `names` are the sites that get one."""
+    """The model in its own class: every form but deepseek. `names` are the sites that get one."""
     pairs: Pairs = {n: (site, new.site) for n in names for site, new in [changes[n]]}
     same = [n for n, (old, new) in pairs.items() if old.k.heads == new.k.heads and proven.form(n) == "stock"]
     stock = {n: pair for n, pair in pairs.items() if proven.form(n) == "stock" and n not in same}
@@ -88,7 +92,8 @@ def own(full: PreTrainedModel, changes: Changes, names: Sequence[str], proven: P
             raise _unlike(name, reasons[name])
     made = twin(full, {}, share=True) if not taken else built(type(full), config_with(full.config, taken))
     made.tie_weights()
-    made.generation_config = copy.deepcopy(full.generation_config)
+    if hasattr(full, "generation_config"):
+        made.generation_config = copy.deepcopy(full.generation_config)
     told = _recipes(full, changes, [n for n in names if n not in taken and n not in same], proven)
     if told:
         with torch.device("meta"):
@@ -97,6 +102,7 @@ def own(full: PreTrainedModel, changes: Changes, names: Sequence[str], proven: P
     site_of = {tensor: n for n in names for tensor in touched(pairs[n][0])}
     roots = {f"{owner(pairs[n][0])}.reattn.": n for n in told if told[n]["form"] == "latent"}
     there = list(made.state_dict())
+    roots |= {f"{p['module']}.": n for n in told for p in told[n].get("projections", ())}
     site_of |= {tensor: n for tensor in there for root, n in roots.items() if tensor.startswith(root)}
     return Large(made, {t: n for t, n in site_of.items() if t in there}, make)
 
@@ -120,11 +126,15 @@ class _Own:
             if isinstance(less, str):
                 raise _unlike(name, less)
             return less
-        if name not in self.told:
+        if name not in self.told or self.told[name]["form"] == "sparse":
             return edits
+        if new.factors is not None:
+            known, found = table(self.full), factored_cuts(self.full, site, new)
+            paths = tuple(f"{p['module']}." for p in self.told[name]["projections"])
+            return edits | module_tensors(found, edits, {n: self.tensors(n) for n in known if n.startswith(paths)})
         if new.latents is None:
             return small_tensors(site, new.site, edits, table(self.full))
-        inner = module_tensors(site, new.latents, factor_of(site, self.told[name]["rope"]))
+        inner = latent.module_tensors(site, new.latents, factor_of(site, self.told[name]["rope"]))
         return edits | {f"{owner(site)}.reattn.{n}": value for n, value in inner.items()}
 
 
@@ -144,15 +154,19 @@ def _recipes(full: PreTrainedModel, changes: Changes, names: Sequence[str], prov
     if not names:
         return {}
     shown: dict[str, Recipe] = {r["site"]: r for r in proven.emitted.model.config.reattn["sites"]}
-    latent = proven.form(names[0]) == "latent"
-    logs = _logs(proven, rewritten=not latent)
+    form = proven.form(names[0])
+    logs = {} if form == "factored" else _logs(proven, rewritten=form not in ("latent", "sparse"))
     told: dict[str, Recipe] = {}
     for name in names:
         site, new = changes[name]
         first = proven.near[proven.kind[name]][0]
-        log = _renamed(logs[owner(first)], owner(first), owner(site))
-        if new.latents is not None:
-            made = recipe(full, site, new.latents, log)
+        log = None if form == "factored" else _renamed(logs[owner(first)], owner(first), owner(site))
+        if log is None:
+            made = factored.recipe(full, site, factored_cuts(full, site, new))
+        elif new.latents is not None:
+            made = latent.recipe(full, site, new.latents, log)
+        elif form == "sparse":
+            made = sparse.recipe(site, new.site.mask, log)
         else:
             wanted = shown[first.name]
             found, reasons = recipes(full, site, new.site, log, kernels(proven.model))
@@ -162,6 +176,14 @@ def _recipes(full: PreTrainedModel, changes: Changes, names: Sequence[str], prov
             raise _unlike(name, made)
         told[name] = made
     return told
+
+
+def factored_cuts(full: PreTrainedModel, site: Site, new: Rewritten) -> tuple[Cut, ...] | str:
+    """The projections of a site that become products."""
+    known = table(full)
+    if new.factors is None:
+        return f"{site.name} has no factors"
+    return cuts(site, new.factors, lambda name: known[name].shape)
 
 
 def _logs(proven: Proven, *, rewritten: bool) -> Mapping[str, Log]:

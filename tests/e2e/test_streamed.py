@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM
 
 import passes.stream
 import rewrite.calibration
 import rewrite.save
 import rewrite.shards
 from passes.disk import Disk
-from rewrite import GQA, MLA, convert
+from rewrite import GQA, MLA, BlockSparse, convert
 from rewrite.checkpoint import Checkpoint, require_checkpoint
 from rewrite.cli import main
 from rewrite.errors import OutOfSpace
@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, Any, str, str]] = {
     "grouped": ("gpt2", GQA(3), "auto", "grouped"),
     "latent": ("qwen3", MLA(cache=0.25), "auto", "latent"),
     "deepseek": ("llama", MLA(cache=0.25, even=True), "stock", "deepseek"),
+    "sparse": ("llama", BlockSparse(window=64), "auto", "sparse"),
+    "sparse by head": ("qwen3", BlockSparse(density=0.5), "auto", "sparse"),
 }
 
 
@@ -123,6 +125,20 @@ def test_layers_of_two_kinds_are_proven_on_one_of_each(tmp_path: Path):
     assert different(tmp_path / "held", tmp_path / "streamed") == []
 
 
+def test_low_rank_projections(tmp_path: Path):
+    """Where nothing is cached tensors get other names; in another type than those that make them."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).bfloat16().save_pretrained(tmp_path / "model")
+    convert(tmp_path / "model", MLA(rank=12), out=tmp_path / "held", check=False)
+    made = convert(tmp_path / "model", MLA(rank=12), out=tmp_path / "streamed", check=False, memory=ROOM)
+    assert {row.form for row in made.rewrite_report.sites} == {"factored"}
+    assert different(tmp_path / "held", tmp_path / "streamed") == []
+
+
 def test_what_does_not_fit_is_refused_with_numbers(tmp_path: Path):
     with pytest.raises(OutOfSpace, match=r"needs .* GB|needs .* MB") as caught:
         convert(MODELS / "llama", GQA(3), out=tmp_path / "out", memory="100MB")
@@ -148,7 +164,11 @@ def test_an_amount_of_memory_that_is_none(words: str, tmp_path: Path, capsys: py
     assert "is no amount of memory" in capsys.readouterr().err
 
 
-CALIBRATED: dict[str, Any] = {"heads": GQA(3, polish=0), "a total spread over latents": MLA(cache=0.25, polish=0)}
+CALIBRATED: dict[str, Any] = {
+    "heads": GQA(3, polish=0),
+    "a total spread over latents": MLA(cache=0.25, polish=0),
+    "windows by head": BlockSparse(density=0.5),
+}
 
 
 @pytest.mark.parametrize("name", CALIBRATED)

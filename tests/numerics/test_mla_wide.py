@@ -11,7 +11,6 @@ import codegen.latent as latent_module
 import passes.mla_absorb as absorb_module
 import passes.mla_scene as scene_module
 import passes.refit as refit_module
-from passes.calibrate import sdpa_probabilities
 from passes.eigen import eigh, eigvalsh, rooted
 from passes.mla import MLA
 from passes.mla_absorb import Absorber, Setting
@@ -19,6 +18,7 @@ from passes.mla_rebuilt import Way, search_way
 from passes.mla_scene import error, refit_every, refit_scenes, scenes, stage_of
 from passes.mla_source import known
 from passes.refit import Measured, Sums, measured, refit, solved
+from passes.seen import sdpa_probabilities
 from rewrite.heads import Weights
 from rewrite.layout import gather
 from rewrite.site import Site
@@ -235,7 +235,7 @@ def test_single_precision_attention_of_long_windows_is_that_of_short_ones(monkey
     make = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 2, 5, 4, generator=make) for _ in range(3))
     exact = sdpa_probabilities(q, k, v, is_causal=True)
-    monkeypatch.setattr("passes.calibrate.SINGLE", 1)
+    monkeypatch.setattr("passes.seen.SINGLE", 1)
     single = sdpa_probabilities(q, k, v, is_causal=True)
     assert single.dtype == torch.float64
     assert 0 < float((single - exact).abs().max()) < 1e-6

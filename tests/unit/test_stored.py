@@ -11,6 +11,7 @@ from passes import Target
 from passes.find import find
 from passes.gqa import GQA
 from passes.mla import MLA
+from passes.sparse import BlockSparse
 from rewrite.capture import capture
 from rewrite.checkpoint import require_checkpoint
 from rewrite.heads import Factor, Factors
@@ -35,7 +36,10 @@ def text(value: object) -> str:
     return "".join(map(text, value)) if isinstance(value, tuple) else digest(value)
 
 
-@pytest.mark.parametrize("target", [GQA(3), MLA(cache=0.25), MLA(cache=0.25, form="rebuilt")], ids=str)
+TARGETS = [GQA(3), MLA(cache=0.25), MLA(cache=0.25, form="rebuilt"), BlockSparse(density=0.5)]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_there_and_back(target: Target, site: Site):
     made = target.rewrite(site, gather(site, lambda n: require_checkpoint(QWEN).tensor(n).float()), None)
     written, tensors = stored(made, site)
