@@ -28,10 +28,10 @@ class Measured:
     """Perplexity of the converted model over the original's"""
     rebuilt: bool
     seconds: float
-    """Conversion and measuring"""
+    """Processor time of conversion and measuring"""
     tune: int = 0
     converting: float = 0.0
-    """Seconds of the conversion alone"""
+    """Of the conversion alone; 0 where it is not known"""
     sites: int = 0
 
     @property
@@ -56,13 +56,13 @@ class Ledger:
         key = (model.name, repr(target), samples, windows or len(model.rows), tune)
         if key in self.known:
             return self.known[key]
-        begun = time.perf_counter()
+        begun = time.process_time()
         changes = model.convert(target, calibrated, Tuning(tune) if tune else None)
-        converting = time.perf_counter() - begun
+        converting = time.process_time() - begun
         ratio = model.ratio(changes, windows)
         forms = [c.rewritten.site.form for c in changes.values()]
         rebuilt = any(isinstance(f, Latent) and f.rebuilt for f in forms)
-        took = round(time.perf_counter() - begun, 1)
+        took = round(time.process_time() - begun, 1)
         made = Measured(*key[:4], ratio, rebuilt, took, tune, round(converting, 1), len(changes))
         self.known[key] = made
         if self.file is not None:

@@ -58,15 +58,16 @@ def tables(table: Table) -> str:
     for kind in dict.fromkeys(kind for kind, _ in table):
         lines = [
             f"## {kind}\n",
-            "| target | as it is | tuned | excess left | tuning, s per site |",
+            "| target | as it is | tuned | excess left | tuning, CPU-s per site |",
             "|---|---|---|---|---|",
         ]
         for (own, label), (before, after) in table.items():
             if own == kind:
                 excess = before.ratio - 1
                 left = f"{(after.ratio - 1) / excess:.2f}" if excess > 5e-4 else "–"
-                took = (after.converting - before.converting) / after.sites
-                lines.append(f"| {label} | {before.ratio:.4f} | {after.ratio:.4f} | {left} | {took:.0f} |")
+                known = before.converting and after.converting
+                took = f"{(after.converting - before.converting) / after.sites:.0f}" if known else "–"
+                lines.append(f"| {label} | {before.ratio:.4f} | {after.ratio:.4f} | {left} | {took} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
