@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from passes.lower_factored import site_cuts, split
+from passes.lower_factored import split
 from passes.lower_sparse import hide
+from rewrite.cuts import site_cuts
 from rewrite.heads import Rewritten
 from rewrite.layout import axis_map, expanded, repeats
 from rewrite.site import IntArray, Site, Tensors

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from rewrite.cuts import Cut, cuts
+from rewrite.cuts import Cut, site_cuts
 from rewrite.heads import Rewritten
 from rewrite.site import Site, Tensors
 
@@ -55,11 +55,6 @@ def unsplittable(
         reason = next((p for p in products if isinstance(p, str)), None)
         out |= {} if reason is None else {name: reason}
     return out
-
-
-def site_cuts(site: Site, new: Rewritten, tensors: Tensors) -> tuple[Cut, ...] | str:
-    """The tensors of a site that are cut."""
-    return () if new.factors is None else cuts(site, new.factors, lambda name: tensors(name).shape)
 
 
 def split(module: GraphModule, found: tuple[Cut, ...], full: Mapping[str, Tensor]) -> None:

@@ -38,6 +38,7 @@ from rewrite.journal import Journal
 from rewrite.machine import anonymous, this_machine
 from rewrite.opened import Opened
 from rewrite.program import Program
+from rewrite.progress import silent
 from rewrite.ranks import Ranks, here
 from rewrite.shards import Source, lay_out, write_shards
 from rewrite.short import aliases, fill, in_float, kinds, shortened
@@ -133,12 +134,8 @@ def _convert(job: Job, held: Checkpoint, changes: SavedChanges, work: Draft, tel
         return read(next(n for n in (name, *names[name]) if held.entry(n) is not None))
 
     disk = Disk(any_name, job.limit // ROOM, work.journal, changes)
-    told = tell if ranks.first else _silent
+    told = tell if ranks.first else silent
     convert_sites(job.program, job.found, job.targets, job.batches, told, job.tuning, disk=disk, ranks=ranks)
-
-
-def _silent(_name: str, _done: int, _total: int) -> None:
-    return
 
 
 def _summed(planned: Plan, changes: SavedChanges) -> tuple[Plan, dict[str, float | None], tuple[str, ...]]:

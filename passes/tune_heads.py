@@ -66,10 +66,10 @@ class HeadsTuned:
         q, k, v = self._heads(_rows(scene), tensors)
         q = q if site.q.rope is None else rotated(site.q.rope, q, scene.at)
         k = k if site.k.rope is None else rotated(site.k.rope, k, scene.keys_at)
+        factor = uniform(site.q.after) * uniform(site.k.after)
         if fuses(site):
-            factor = uniform(site.q.after) * uniform(site.k.after)
             return fused(site, q * factor, k[:, kv_of], v[:, kv_of], scene.added)
-        products = q @ k[:, kv_of].transpose(-1, -2) * (uniform(site.q.after) * uniform(site.k.after))
+        products = q @ k[:, kv_of].transpose(-1, -2) * factor
         s_bhts = scored(site, products, mask=scene.added[:, order])
         if any(isinstance(m, Sink) for m in site.mods) and scene.sink is not None:
             p = torch.cat([s_bhts, scene.sink[:, order]], -1).softmax(-1)[..., :-1]

@@ -30,6 +30,7 @@ from rewrite.errors import BadUsage
 from rewrite.folder import draft, joined, refuse_output
 from rewrite.opened import Opened, open_folder, open_model
 from rewrite.program import Program
+from rewrite.progress import Tell, silent
 from rewrite.ranks import here, together
 from rewrite.report import Checked, Report
 from rewrite.save import finish, refuse_saving, save, save_config
@@ -37,8 +38,6 @@ from rewrite.spell import spell
 
 TARGETS: tuple[type[Any], ...] = (GQA, MLA, BlockSparse)
 """Every target that can be asked for, by the command line too."""
-
-Tell = Callable[[str, int, int], None]
 
 
 def plan(
@@ -104,7 +103,7 @@ def convert(
     source = Path(model) if isinstance(model, (str, Path)) else None
     if out is not None and here().first:
         refuse_output(Path(out), source)
-    tell, limit = progress or _silent, limit_of(memory)
+    tell, limit = progress or silent, limit_of(memory)
     streamed = out is not None and source is not None and streams(source, limit, memory, calibration)
     opened = open_folder(source) if streamed and source is not None else open_model(model)
     if out is not None:
@@ -200,7 +199,7 @@ def check(
     """Measure a converted model against the one that it was made from; figures as in `Checked`."""
     original = open_model(against)
     made = open_model(out, trust_remote_code=trust_remote_code).working
-    return _check(original, made, text, inputs, max_loss, seed, progress or _silent, None)
+    return _check(original, made, text, inputs, max_loss, seed, progress or silent, None)
 
 
 def _one(target: Target | Sequence[Target]) -> Target | None:
@@ -220,10 +219,6 @@ def _one(target: Target | Sequence[Target]) -> Target | None:
 def _at_length(target: Target | None, tokens: int) -> Target | None:
     """A share of pairs is one of texts of some length."""
     return target.at_length(tokens) if isinstance(target, BlockSparse) else target
-
-
-def _silent(_name: str, _done: int, _total: int) -> None:
-    return
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +255,7 @@ def _lossless(asked: Asked, done: _Done) -> Callable[[], nn.Module]:
 
     def make() -> nn.Module:
         exact = {n: t.lossless(done.changes[n].site) for n, t in asked.targets(done.program, done.found).items()}
-        same = convert_sites(done.program, done.found, exact, None, _silent)
+        same = convert_sites(done.program, done.found, exact, None, silent)
         return emit_forms(done.program, same, done.plan, "own")[0]
 
     return make

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewrite.heads import Factor, Factors
+from rewrite.heads import Factor, Factors, Rewritten
 from rewrite.layout import only_root
-from rewrite.site import IntArray, Operand, Root, Site
+from rewrite.site import IntArray, Operand, Root, Site, Tensors
 
 Shape = Callable[[str], Sequence[int]]
 """State-dict name -> shape."""
@@ -58,6 +58,11 @@ class Cut:
         """The tensor as (count, inputs)."""
         flat = tensor.detach().reshape(-1)
         return flat.view(self.inputs, self.count).T if self.transposed else flat.view(self.count, self.inputs)
+
+
+def site_cuts(site: Site, new: Rewritten, tensors: Tensors) -> tuple[Cut, ...] | str:
+    """The tensors of a site that are cut."""
+    return () if new.factors is None else cuts(site, new.factors, lambda name: tensors(name).shape)
 
 
 def cuts(site: Site, factors: Factors, shape: Shape) -> tuple[Cut, ...] | str:

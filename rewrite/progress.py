@@ -10,6 +10,10 @@ Tell = Callable[[str, int, int], None]
 """Told what is worked on, how much is done and how much there is."""
 
 
+def silent(_name: str, _done: int, _total: int) -> None:
+    """Tell nobody."""
+
+
 def lines(name: str, done: int, total: int) -> None:
     """One line per step, without control characters."""
     if done < total:
@@ -20,7 +24,7 @@ def lines(name: str, done: int, total: int) -> None:
 def progress(*, quiet: bool = False) -> Generator[Tell]:
     """The way to tell that fits stderr."""
     if quiet:
-        yield lambda _name, _done, _total: None
+        yield silent
     elif sys.stderr.isatty():
         yield from _bar()
     else:

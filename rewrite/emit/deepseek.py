@@ -22,7 +22,7 @@ from rewrite.emit.deepseek_probe import probe
 from rewrite.emit.deepseek_refuse import NEEDED, layer_of, owned, refuse_model, refuse_sites
 from rewrite.emit.deepseek_rows import ENGINE_ROPE, EPS, Sizes, rows, spectrum, turning
 from rewrite.emit.stock import built, shapes_of
-from rewrite.emit.twin import in_float, table, twin
+from rewrite.emit.twin import in_float, share_alike, table, twin
 from rewrite.emit.validate import LIMIT, relative
 from rewrite.heads import Latents, Rewritten
 from rewrite.layout import expanded
@@ -101,7 +101,9 @@ def filled(model: PreTrainedModel, changes: Changes, sizes: Sizes, *, share: boo
     `share` the tensors that are alike are the original's own, for reading only."""
     source = in_float(model)
     layers = {layer_of(site) or "": (site, new) for site, new in changes.values()}
-    made = _filled(source, _config(model, changes, sizes), layers, sizes, share)
+    made = _filled(source, _config(model, changes, sizes), layers, sizes)
+    if share:
+        share_alike(made, source)
     problem = _differs(source, made, layers, sizes)
     return made if problem is None else problem
 
@@ -193,9 +195,7 @@ def _misfit(model: PreTrainedModel, config: DeepseekV3Config, changes: Changes) 
     return None
 
 
-def _filled(
-    source: PreTrainedModel, config: DeepseekV3Config, layers: Changes, sizes: Sizes, share: bool
-) -> PreTrainedModel:
+def _filled(source: PreTrainedModel, config: DeepseekV3Config, layers: Changes, sizes: Sizes) -> PreTrainedModel:
     """The class with its tensors; what writes to the residual stream is scaled with it."""
     with no_init_weights(), source.device:
         made: PreTrainedModel = DeepseekV3ForCausalLM(config)
@@ -204,10 +204,7 @@ def _filled(
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             value = edits[name] if name in edits else values[name].detach()
-            if share and name not in edits and not scaled(name):
-                parameter.data = value
-            else:
-                parameter.copy_(value * sizes.residual if scaled(name) else value)
+            parameter.copy_(value * sizes.residual if scaled(name) else value)
     made.train(source.training)
     made.generation_config = copy.deepcopy(source.generation_config)
     return made

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rewrite.cuts import Cut, cuts
+from rewrite.cuts import Cut, site_cuts
 from rewrite.emit import runtime
 from rewrite.emit.choose import Changes, Emitted, padded, unfit
 from rewrite.emit.edits import edited
@@ -102,13 +102,13 @@ def proven(model: PreTrainedModel, changes: Changes, inputs: Mapping[str, Any]) 
     source, inputs = in_float(model), padded(inputs)
     work, tensors = _Work(source, changes), table(source)
     for name, (site, new) in changes.items():
-        made = unfit(name, changes) or recipe(source, site, _cuts(site, new.factors, tensors))
+        made = unfit(name, changes) or recipe(source, site, site_cuts(site, new, tensors.__getitem__))
         if isinstance(made, str):
             work.refused[name] = f"factored: {made}"
             continue
         work.recipes[name] = made
         work.edits[name] = edited(site, new, tensors.__getitem__)
-        work.tensors[name] = module_tensors(_cuts(site, new.factors, tensors), work.edits[name], tensors)
+        work.tensors[name] = module_tensors(site_cuts(site, new, tensors.__getitem__), work.edits[name], tensors)
     names = list(work.recipes)
     shaky = unsteady(source, inputs) if names else None
     if names and work.differs(names, inputs, shaky is None) is not None:
@@ -132,10 +132,6 @@ def _alone(work: _Work, names: list[str], inputs: Mapping[str, Any], training: b
         work.refused |= dict.fromkeys(passed, f"factored: passes alone, but not beside the others: {problem}")
         return []
     return passed
-
-
-def _cuts(site: Site, factors: Any, tensors: Mapping[str, Tensor]) -> tuple[Cut, ...] | str:
-    return cuts(site, factors, lambda name: tensors[name].shape)
 
 
 def recipe(model: nn.Module, site: Site, found: tuple[Cut, ...] | str) -> Recipe | str:

@@ -34,12 +34,13 @@ class Reattn{name}({name}):
         super().__init__(config, *args, **kwargs)
         install(self, config.reattn, {prefix!r})
 '''
-RENAMING = "register_checkpoint_conversion_mapping", "get_checkpoint_conversion_mapping"
 RENAMED = """
 
 # files name tensors otherwise than the class does, and of a class that is not its own the library does not know how
-{}("Reattn{{name}}", {}({{renamed!r}}), overwrite=True)
-""".format(*RENAMING)
+conversion_mapping.register_checkpoint_conversion_mapping(
+    "Reattn{name}", conversion_mapping.get_checkpoint_conversion_mapping({renamed!r}), overwrite=True
+)
+"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def text_for(classes: Sequence[Named]) -> str:
     imports = {_import(named.kind) for named in classes}
     renamed = [named for named in classes if named.renamed is not None]
     if renamed:
-        imports.add(f"from {conversion_mapping.__name__} import {', '.join(sorted(RENAMING))}")
+        imports.add("from transformers import conversion_mapping")
     bodies: list[str] = []
     for part in runtime.PARTS:
         outside, body = _taken_apart(inspect.getsource(part))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
-from rewrite.cuts import Cut, cuts
+from rewrite.cuts import site_cuts
 from rewrite.emit import factored, latent, sparse
 from rewrite.emit.choose import Changes, Emitted, padded
 from rewrite.emit.deepseek import Layout, attention, scaled
@@ -31,7 +31,6 @@ from rewrite.emit.twin import table, twin
 from rewrite.emit.validate import kernels
 from rewrite.emit.view import Recipe, recipes, small_tensors
 from rewrite.errors import Refused
-from rewrite.heads import Rewritten
 from rewrite.modules import owner
 from rewrite.site import Affine, Output, Site, Tensors
 
@@ -129,7 +128,8 @@ class _Own:
         if name not in self.told or self.told[name]["form"] == "sparse":
             return edits
         if new.factors is not None:
-            known, found = table(self.full), factored_cuts(self.full, site, new)
+            known = table(self.full)
+            found = site_cuts(site, new, known.__getitem__)
             paths = tuple(f"{p['module']}." for p in self.told[name]["projections"])
             return edits | module_tensors(found, edits, {n: self.tensors(n) for n in known if n.startswith(paths)})
         if new.latents is None:
@@ -157,12 +157,14 @@ def _recipes(full: PreTrainedModel, changes: Changes, names: Sequence[str], prov
     form = proven.form(names[0])
     logs = {} if form == "factored" else _logs(proven, rewritten=form not in ("latent", "sparse"))
     told: dict[str, Recipe] = {}
+    known = table(full)
     for name in names:
         site, new = changes[name]
         first = proven.near[proven.kind[name]][0]
         log = None if form == "factored" else _renamed(logs[owner(first)], owner(first), owner(site))
         if log is None:
-            made = factored.recipe(full, site, factored_cuts(full, site, new))
+            cut = site_cuts(site, new, known.__getitem__)
+            made = factored.recipe(full, site, cut or f"{name} has no factors")
         elif new.latents is not None:
             made = latent.recipe(full, site, new.latents, log)
         elif form == "sparse":
@@ -176,14 +178,6 @@ def _recipes(full: PreTrainedModel, changes: Changes, names: Sequence[str], prov
             raise _unlike(name, made)
         told[name] = made
     return told
-
-
-def factored_cuts(full: PreTrainedModel, site: Site, new: Rewritten) -> tuple[Cut, ...] | str:
-    """The projections of a site that become products."""
-    known = table(full)
-    if new.factors is None:
-        return f"{site.name} has no factors"
-    return cuts(site, new.factors, lambda name: known[name].shape)
 
 
 def _logs(proven: Proven, *, rewritten: bool) -> Mapping[str, Log]:

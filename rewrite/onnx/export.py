@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from rewrite.onnx.stage import Stage, staged
 from rewrite.onnx.tracing import Traced, decodes, decoding, plain
 from rewrite.onnx.verify import Agreement, check_decoding, check_file, check_plain
 from rewrite.opened import Opened, open_model
+from rewrite.progress import Tell, silent
 from rewrite.record import to_json
 from rewrite.report import Report
 from rewrite.save import copy_beside
@@ -37,7 +38,6 @@ FORMS = ("auto", "matmul", "attention", "shared", "contrib")
 KINDS = {"float32": torch.float32, "float16": torch.float16}
 INLINE = 1_500_000_000
 """Bytes of weights above which they lie in a file of their own; a message of protobuf ends at 2 GB."""
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def export_onnx(
     Runtime's own operator. `trust_remote_code` runs the modelling file that lies in a folder.
     Raises where the model cannot be written so, and CheckFailed where ONNX Runtime computes something else than torch.
     """
-    out, tell = Path(path), progress or _silent
+    out, tell = Path(path), progress or silent
     written = _usable(form, dtype)
     refuse_output(out, Path(model) if isinstance(model, (str, Path)) else None)
     opened = open_model(model, trust_remote_code=trust_remote_code)
@@ -127,10 +127,6 @@ def export_onnx(
         work.publish_file() if out.suffix == ".onnx" else work.publish()
     tell("done", 3, 3)
     return done
-
-
-def _silent(_name: str, _done: int, _total: int) -> None:
-    return
 
 
 def _usable(form: str, dtype: str) -> str:

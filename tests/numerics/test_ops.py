@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +25,18 @@ LONG = documents([7, 30, 600, 500])
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def compiling(model: Callable[..., Tensor]) -> tuple[Any, list[Any]]:
+    """The model compiled for all lengths, and the graphs that come to be while it runs."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    return torch.compile(model, backend=backend, fullgraph=True, dynamic=True), graphs
 
 
 def tensors(queries: int, keys: int) -> list[Tensor]:
@@ -61,14 +74,7 @@ def test_one_graph_serves_all_lengths(options: dict[str, Any]) -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q.sin(), k, v, **options).cos()
 
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    compiled, graphs = compiling(model)
     for queries, keys in ((7, 9), (12, 30), (13, 50)):
         given = tensors(queries, keys)
         torch.testing.assert_close(compiled(*given), model(*given))
@@ -82,14 +88,7 @@ def test_a_selection_in_a_compiled_model() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         return attention(q, k, v, algebra, tables={"block": table})
 
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    compiled, graphs = compiling(model)
     for tokens in (80, 96):
         q, k, v = tensors(tokens, tokens)
         found = rule(4 * q, k)
