@@ -24,10 +24,11 @@ from passes.tune_scene import RowScene, staged
 from rewrite.heads import Rewritten, Weights
 from rewrite.site import Site
 
-RATES = (1e-2, 2e-3, 4e-4)
-"""Steps of Adam relative to the size of a tensor, of which a short run chooses one; they fall along a cosine."""
-SHORT = 8
-"""The short run's part of all steps."""
+RATES = (4e-2, 1e-2, 2.5e-3)
+"""Steps of Adam relative to the size of a tensor, the first that helps on windows that did not fit; they fall along a
+cosine. A short run cannot choose: what is best over 25 steps is a quarter of what is best over 200."""
+LOOKS = 16
+"""Gradients from which the axes are known that Adam works along."""
 WINDOWS = 16
 """Windows of one step."""
 FLOOR = 1e-2
@@ -71,41 +72,87 @@ def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tun
             return replace(made, notes=(*made.notes, f"{site.name}: not tuned, a constant follows its projections"))
         tuned = HeadsTuned(made, site, source)
     stage = [*staged(stats, site, source)]
-    short = replace(tuning, steps=max(1, tuning.steps // SHORT))
-    roots = {n: _root(gram) for n, gram in _moments(tuned, stage).items()}
-    rate = min(RATES, key=lambda r: _judged(tuned, stage, _learnt(tuned, stage, roots, short, r)))
-    learnt = _learnt(tuned, stage, roots, tuning, rate)
-    before, after = _judged(tuned, stage, tuned.start), _judged(tuned, stage, learnt)
-    if not after < before:
-        return replace(made, notes=(*made.notes, f"{site.name}: tuning left out, it gave {after:.3g} not {before:.3g}"))
+    frames = _framed(tuned, stage, tuning)
+    before = _judged(tuned, stage, {n: f.start for n, f in frames.items()})
+    tries = ((r, _judged(tuned, stage, _learnt(tuned, stage, frames, tuning, r))) for r in RATES)
+    rate = next((r for r, after in tries if after < before), None)
+    if rate is None:
+        return replace(made, notes=(*made.notes, f"{site.name}: tuning left out, it helped on no unseen windows"))
     # the windows that judged have said what they had to say: the result learns from them too
     whole = [replace(scene, judges=torch.zeros_like(scene.judges)) for scene in stage]
-    return tuned.done(_learnt(tuned, whole, roots, tuning, rate))
+    return tuned.done(_learnt(tuned, whole, frames, tuning, rate))
 
 
-def _learnt(
-    tuned: Tuned, stage: Sequence[RowScene], roots: Mapping[str, Tensor], tuning: Tuning, rate: float
-) -> dict[str, Tensor]:
-    """Adam on every tensor over whitened inputs and as a part of its own size, so that one rate serves all."""
-    base, inverse, size = dict(tuned.start), dict[str, Tensor](), dict[str, Tensor]()
-    for name, x in base.items():
+@dataclass(frozen=True)
+class Frame:
+    """A tensor as start + left @ move @ right: the inputs of a move are white, it is a part of the tensor's own size,
+    and its axes are those of the gradient, along which Adam scales it."""
+
+    start: Tensor
+    left: Tensor | None
+    """([heads,] m, m) orthogonal; None for what is no matrix"""
+    right: Tensor
+    """([heads,] n, n)"""
+
+    def at(self, move: Tensor) -> Tensor:
+        """The tensor."""
+        return self.start + (move if self.left is None else self.left @ move) @ self.right
+
+    def still(self) -> Tensor:
+        """No move yet."""
+        return torch.zeros_like(self.start, requires_grad=True)
+
+
+Frames = Mapping[str, Frame]
+
+
+def _framed(tuned: Tuned, stage: Sequence[RowScene], tuning: Tuning) -> Frames:
+    """White inputs, then the eigenvectors of the gradient's second moments over outputs and inputs, as SOAP has them
+    (Vyas et al., arXiv 2409.11321, section 4); here they are those of the start."""
+    roots = {n: _root(gram) for n, gram in _moments(tuned, stage).items()}
+    white: dict[str, Frame] = {}
+    for name, x in tuned.start.items():
         root = roots.get(name, torch.eye(x.shape[-1]))
-        size[name] = (x @ root).square().mean().sqrt().clamp(min=1e-8)
-        inverse[name] = size[name] * torch.linalg.inv(root)
-    moves = {n: torch.zeros_like(x, requires_grad=True) for n, x in base.items()}
+        size = (x @ root).square().mean().sqrt().clamp(min=1e-8)
+        white[name] = Frame(x, None, size * torch.linalg.inv(root))
+    names = [n for n, f in white.items() if f.start.dim() > 1]
+    sums = {n: (torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)) for n in names}
+    energy = _energy(stage)
+    for whole, rows in _order(stage, replace(tuning, steps=min(LOOKS, tuning.steps))):
+        moves = {n: f.still() for n, f in white.items()}
+        wrong = _wrong(tuned, _rows(whole, rows), white, moves, energy)
+        found = torch.autograd.grad(wrong, [moves[n] for n in names], allow_unused=True, materialize_grads=True)
+        for name, grad in zip(names, (g.double() for g in found), strict=True):
+            outputs, inputs = sums[name]
+            sums[name] = outputs + grad @ grad.mT, inputs + grad.mT @ grad
+    axes = {n: (eigh(outputs)[1].float(), eigh(inputs)[1].float()) for n, (outputs, inputs) in sums.items()}
+    return white | {n: Frame(white[n].start, left, right.mT @ white[n].right) for n, (left, right) in axes.items()}
+
+
+def _learnt(tuned: Tuned, stage: Sequence[RowScene], frames: Frames, tuning: Tuning, rate: float) -> dict[str, Tensor]:
+    """Adam on every tensor in its frame, so that one rate serves all."""
+    moves = {n: f.still() for n, f in frames.items()}
     adam = torch.optim.Adam(moves.values(), lr=rate, betas=(0.9, 0.99))
-    energy = sum(float((s.out[s.fits].square()).sum()) for s in stage) / max(1, sum(int(s.fits.sum()) for s in stage))
-    order = _order(stage, tuning)
+    energy, order = _energy(stage), _order(stage, tuning)
     for step, (whole, rows) in enumerate(order):
-        scene = _rows(whole, rows)
         for group in adam.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / len(order)))
-        now = {n: base[n] + moves[n] @ inverse[n] for n in base}
-        wrong = (tuned.output(scene, now) - scene.out.float())[scene.fits].square().sum(-1).mean() / energy
         adam.zero_grad()
-        wrong.backward()
+        _wrong(tuned, _rows(whole, rows), frames, moves, energy).backward()
         adam.step()
-    return {n: (base[n] + moves[n] @ inverse[n]).detach() for n in base}
+    return {n: f.at(moves[n]).detach() for n, f in frames.items()}
+
+
+def _wrong(tuned: Tuned, scene: RowScene, frames: Frames, moves: Mapping[str, Tensor], energy: float) -> Tensor:
+    """Squared error of the tokens that fit, relative to the output's energy."""
+    now = {n: f.at(moves[n]) for n, f in frames.items()}
+    return (tuned.output(scene, now) - scene.out.float())[scene.fits].square().sum(-1).mean() / energy
+
+
+def _energy(stage: Sequence[Scene]) -> float:
+    """Mean square of the original's output over the tokens that fit."""
+    total = sum(float(s.out[s.fits].square().sum()) for s in stage)
+    return total / max(1, sum(int(s.fits.sum()) for s in stage))
 
 
 def _moments(tuned: Tuned, stage: Sequence[Scene]) -> dict[str, Tensor]:

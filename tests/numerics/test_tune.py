@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from passes import tune_heads, tune_scene
+from passes import tune, tune_heads, tune_scene
 from passes.convert import Change, convert_sites
 from passes.find import Found, find
 from passes.gqa import GQA
@@ -60,15 +60,28 @@ def test_tuning_is_the_same_every_time_and_hangs_on_its_seed() -> None:
     assert not torch.equal(once.rewritten.latents.down, other.rewritten.latents.down)
 
 
-def test_no_steps_leave_heads_as_they_were() -> None:
-    """The maps that tuning starts from give back the closed form's own matrices."""
+def test_a_tiny_step_leaves_heads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maps and frames that tuning starts from give back the closed form's own matrices."""
+    monkeypatch.setattr(tune, "RATES", (1e-4,))
     plain, tuned = converted("llama", GQA(2, polish=0), None), converted("llama", GQA(2, polish=0), Tuning(1))
     for which in ("q", "k", "v"):
         a, b = (getattr(c.rewritten.weights, which).weight for c in (plain, tuned))
-        assert float((a - b).norm() / a.norm()) < 0.05
+        assert 0 < float((a - b).norm() / a.norm()) < 1e-3
     assert tuned.error is not None
     assert plain.error is not None
-    assert tuned.error < 1.05 * plain.error
+    assert tuned.error < plain.error
+
+
+def test_steps_that_help_nobody_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that throws everything about gives way to a smaller one, and where none is left nothing changes."""
+    target = GQA(2, polish=0)
+    plain = converted("llama", target, None)
+    monkeypatch.setattr(tune, "RATES", (1e3, 1e-2))
+    assert (converted("llama", target, Tuning(8)).error or 1.0) < (plain.error or 0.0)
+    monkeypatch.setattr(tune, "RATES", (1e3,))
+    left = converted("llama", target, Tuning(8)).rewritten
+    assert torch.equal(left.weights.out, plain.rewritten.weights.out)
+    assert any("tuning left out" in note for note in left.notes)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -83,5 +96,5 @@ def test_one_table_of_positions_gives_what_probabilities_give(target: Any, monke
     for module in (tune_scene, tune_heads):
         monkeypatch.setattr(module, "fuses", never)
     general = converted("llama", target, Tuning(8))
-    assert fused.error == pytest.approx(general.error, rel=1e-2)
-    assert torch.allclose(fused.rewritten.weights.out, general.rewritten.weights.out, rtol=1e-2, atol=1e-3)
+    # axes of alike gradients may stand in any direction, so that weights agree less than what they give
+    assert fused.error == pytest.approx(general.error, rel=1e-3)
