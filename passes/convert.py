@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -132,9 +132,7 @@ def _convert_on(
 ) -> Change:
     stats = statistics(stream, part, target.needs, tensors)
     rewritten = _rewrite(part.site, target, tensors, stats)
-    if tuning is not None and rewritten.factors is not None:
-        rewritten = replace(rewritten, notes=(*rewritten.notes, f"{part.site.name}: factors are not tuned"))
-    elif tuning is not None and rewritten.site is not part.site:
+    if tuning is not None and rewritten.site is not part.site:
         rewritten = tune(rewritten, part.site, gather(part.site, tensors), stats, tuning)
     latents, kv_of, sparse = rewritten.latents, rewritten.site.kv_of, isinstance(rewritten.site.form, Sparse)
     error = None

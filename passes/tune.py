@@ -18,11 +18,12 @@ from torch import Tensor
 from passes import Stats
 from passes.eigen import eigh
 from passes.mla_scene import Scene
+from passes.tune_factors import FactorsTuned
 from passes.tune_heads import HeadsTuned
 from passes.tune_latent import LatentTuned
 from passes.tune_scene import RowScene, staged
 from rewrite.heads import Rewritten, Weights
-from rewrite.site import Site
+from rewrite.site import Site, Sparse
 
 RATES = (4e-2, 1e-2, 2.5e-3)
 """Steps of Adam relative to the size of a tensor, the first that helps on windows that did not fit; they fall along a
@@ -66,11 +67,9 @@ class Tuning:
 
 def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tuning) -> Rewritten:
     """The rewritten site after `tuning.steps` steps; as it was where unseen windows say so."""
-    tuned: Tuned = LatentTuned(made)
-    if made.latents is None:
-        if any(o.shift is not None for o in (site.q, site.k, site.v)):
-            return replace(made, notes=(*made.notes, f"{site.name}: not tuned, a constant follows its projections"))
-        tuned = HeadsTuned(made, site, source)
+    tuned = _tuned(made, site, source)
+    if isinstance(tuned, str):
+        return replace(made, notes=(*made.notes, f"{site.name}: not tuned, {tuned}"))
     stage = [*staged(stats, site, source)]
     frames = _framed(tuned, stage, tuning)
     before = _judged(tuned, stage, {n: f.start for n, f in frames.items()})
@@ -81,6 +80,17 @@ def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tun
     # the windows that judged have said what they had to say: the result learns from them too
     whole = [replace(scene, judges=torch.zeros_like(scene.judges)) for scene in stage]
     return tuned.done(_learnt(tuned, whole, frames, tuning, rate))
+
+
+def _tuned(made: Rewritten, site: Site, source: Weights) -> Tuned | str:
+    """What of the site can learn, or why nothing can."""
+    if isinstance(made.site.form, Sparse):
+        return "a mask holds no numbers to fit"
+    if made.latents is not None:
+        return LatentTuned(made)
+    if any(o.shift is not None for o in (site.q, site.k, site.v)):
+        return "a constant follows its projections"
+    return HeadsTuned(made, site, source) if made.factors is None else FactorsTuned(made, site, source)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from passes.tune_scene import RowScene, fused, fuses
 from rewrite.heads import Heads, Rewritten, Weights
 from rewrite.site import Sink, Site
 
+Rows = tuple[Tensor, Tensor, Tensor]
+"""(b, heads, tokens, d) of q, k and v as the source's projections give them."""
+
 
 @dataclass(frozen=True, eq=False)
 class HeadsTuned:
@@ -38,10 +41,10 @@ class HeadsTuned:
         for name, new, old in self._projections():
             if name == "q":
                 old = _picked(old, self.made.order)
-                maps = torch.stack([_map(a, b) for a, b in zip(new.weight, old.weight, strict=True)])
+                maps = torch.stack([matching(a, b) for a, b in zip(new.weight, old.weight, strict=True)])
                 there = None if old.bias is None else torch.einsum("hij,hj->hi", maps, old.bias)
             else:
-                maps = _map(new.weight.flatten(0, 1), old.weight.flatten(0, 1))
+                maps = matching(new.weight.flatten(0, 1), old.weight.flatten(0, 1))
                 there = None if old.bias is None else (maps @ old.bias.flatten()).view(new.weight.shape[:2])
             out[name] = maps
             if there is not None and new.bias is not None:
@@ -50,7 +53,7 @@ class HeadsTuned:
 
     def inputs(self, scene: Scene) -> dict[str, Tensor]:
         """What each tensor is multiplied with."""
-        u_q, u_k, u_v = _rows(scene)
+        u_q, u_k, u_v = rows_of(scene)
         z = self._run(scene, self.start).transpose(1, 2).flatten(2)
         rows = {n: u.transpose(1, 2).flatten(2) for n, u in (("k", u_k), ("v", u_v))}
         return rows | {"q": u_q[:, list(self.made.order)], "out": z}
@@ -63,7 +66,7 @@ class HeadsTuned:
     def _run(self, scene: Scene, tensors: Mapping[str, Tensor]) -> Tensor:
         """(b, h, t, dv) of the heads."""
         site, order, kv_of = self.site, list(self.made.order), list(self.made.site.kv_of)
-        q, k, v = self._heads(_rows(scene), tensors)
+        q, k, v = self._heads(rows_of(scene), tensors)
         q = q if site.q.rope is None else rotated(site.q.rope, q, scene.at)
         k = k if site.k.rope is None else rotated(site.k.rope, k, scene.keys_at)
         factor = uniform(site.q.after) * uniform(site.k.after)
@@ -80,45 +83,46 @@ class HeadsTuned:
     def done(self, tensors: Mapping[str, Tensor]) -> Rewritten:
         """The result with these tensors."""
         found = {n: x.double() for n, x in tensors.items()}
-        made: dict[str, Heads] = {}
-        for name, new, old in self._projections():
-            extra = found.get(f"{name}_bias")
-            if name == "q":
-                old = _picked(old, self.made.order)
-                weight = torch.einsum("hij,hjx->hix", found[name], old.weight)
-                bias = None if old.bias is None else torch.einsum("hij,hj->hi", found[name], old.bias)
-            else:
-                weight = (found[name] @ old.weight.flatten(0, 1)).view_as(new.weight)
-                bias = None if old.bias is None else (found[name] @ old.bias.flatten()).view(new.weight.shape[:2])
-            made[name] = replace(new, weight=weight, bias=bias if bias is None or extra is None else bias + extra)
+        made = {name: self._projection(name, new, old, found) for name, new, old in self._projections()}
         out = found["out"].view_as(self.made.weights.out)
         weights = replace(self.made.weights, **made, out=out, out_bias=found.get("out_bias"))
         return replace(self.made, weights=weights)
 
+    def _projection(self, name: str, new: Heads, old: Heads, found: Mapping[str, Tensor]) -> Heads:
+        """`new` with what was found for it."""
+        extra = found.get(f"{name}_bias")
+        if name == "q":
+            old = _picked(old, self.made.order)
+            weight = torch.einsum("hij,hjx->hix", found[name], old.weight)
+            bias = None if old.bias is None else torch.einsum("hij,hj->hi", found[name], old.bias)
+        else:
+            weight = (found[name] @ old.weight.flatten(0, 1)).view_as(new.weight)
+            bias = None if old.bias is None else (found[name] @ old.bias.flatten()).view(new.weight.shape[:2])
+        return replace(new, weight=weight, bias=bias if bias is None or extra is None else bias + extra)
+
     def _projections(self) -> tuple[tuple[str, Heads, Heads], ...]:
         return tuple((n, getattr(self.made.weights, n), getattr(self.source, n)) for n in "qkv")
 
-    def _heads(
-        self, given: tuple[Tensor, Tensor, Tensor], tensors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, given: Rows, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(q, k, v) of the new heads, before the rope."""
-        u_q, u_k, u_v = given
-        count = self.made.weights.k.weight.shape[0]
-        rows = {
-            "q": torch.einsum("hij,bhtj->bhti", tensors["q"], u_q[:, list(self.made.order)]),
-            "k": _joined(u_k, tensors["k"], count),
-            "v": _joined(u_v, tensors["v"], count),
-        }
         out: list[Tensor] = []
         for (name, new, _), operand in zip(self._projections(), (self.site.q, self.site.k, self.site.v), strict=True):
-            x = rows[name]
+            x = self._projected(name, given, tensors)
             x = x + tensors[f"{name}_bias"][:, None] if f"{name}_bias" in tensors else x
             x = x if operand.norm is None else normed(operand.norm, x)
             out.append(x * new.gain.float()[:, None])
         return out[0], out[1], out[2]
 
+    def _projected(self, name: str, given: Rows, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(b, heads, tokens, d) of a new projection, but for a constant."""
+        u_q, u_k, u_v = given
+        if name == "q":
+            return torch.einsum("hij,bhtj->bhti", tensors["q"], u_q[:, list(self.made.order)])
+        return _joined(u_k if name == "k" else u_v, tensors[name], self.made.weights.k.weight.shape[0])
 
-def _rows(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+
+def rows_of(scene: Scene) -> Rows:
+    """The scene's rows of the projections."""
     if not isinstance(scene, RowScene):
         raise TypeError("heads are tuned on scenes with rows")
     return scene.rows
@@ -129,7 +133,7 @@ def _joined(u: Tensor, maps: Tensor, heads: int) -> Tensor:
     return (u.transpose(1, 2).flatten(2) @ maps.T).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _map(new: Tensor, old: Tensor) -> Tensor:
+def matching(new: Tensor, old: Tensor) -> Tensor:
     """T with T @ old = new, of least size."""
     return new @ torch.linalg.pinv(old, rtol=1e-9)
 
