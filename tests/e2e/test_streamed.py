@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM
 
+import passes.convert
 import passes.stream
+import passes.tune
 import rewrite.calibration
 import rewrite.save
 import rewrite.shards
@@ -168,6 +170,7 @@ CALIBRATED: dict[str, Any] = {
     "heads": GQA(3, polish=0),
     "a total spread over latents": MLA(cache=0.25, polish=0),
     "windows by head": BlockSparse(density=0.5),
+    "heads, tuned": GQA(3, polish=0),
 }
 
 
@@ -177,7 +180,7 @@ def test_calibrated_layer_by_layer(name: str, tmp_path: Path, monkeypatch: pytes
     kind, target = "llama", CALIBRATED[name]
     monkeypatch.setattr(rewrite.calibration, "TOKENS_A_BATCH", 512)  # two batches
     given: dict[str, Any] = {"calibration": MODELS / "calibration.txt", "samples": 16, "length": 64, "check": False}
-    given["only"] = "model.layers.[12].*"
+    given |= {"only": "model.layers.[12].*", "tune": 3 if "tuned" in name else 0}
     convert(MODELS / kind, target, out=tmp_path / "held", **given)
     monkeypatch.setattr(passes.stream, "too_large", lambda *_: True)
     spilled = Disk.spilled
@@ -193,3 +196,27 @@ def test_calibrated_layer_by_layer(name: str, tmp_path: Path, monkeypatch: pytes
     assert max(waiting) > 0
     assert made.rewrite_report.worst(1)
     assert different(tmp_path / "held", tmp_path / "streamed") == []
+
+
+def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A site that has learnt is not asked to learn again, and what follows learns what it would have learnt."""
+    given: dict[str, Any] = {"calibration": MODELS / "calibration.txt", "samples": 16, "length": 64, "check": False}
+    given |= {"only": "model.layers.[012].*", "tune": 3}
+    target = GQA(3, polish=0)
+    convert(MODELS / "llama", target, out=tmp_path / "held", **given)
+    monkeypatch.setattr(passes.stream, "too_large", lambda *_: True)
+    tuned: list[str] = []
+
+    def tune(made: Any, site: Any, *rest: Any) -> Any:
+        if len(tuned) == 2:
+            tuned.append("stopped")
+            raise KeyboardInterrupt
+        tuned.append(site.name)
+        return passes.tune.tune(made, site, *rest)
+
+    monkeypatch.setattr(passes.convert, "tune", tune)
+    with pytest.raises(KeyboardInterrupt):
+        convert(MODELS / "llama", target, out=tmp_path / "out", memory=ROOM, **given)
+    convert(MODELS / "llama", target, out=tmp_path / "out", memory=ROOM, **given)
+    assert tuned == [f"model.layers.{i}.self_attn" for i in (0, 1)] + ["stopped", "model.layers.2.self_attn"]
+    assert different(tmp_path / "held", tmp_path / "out") == []
