@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ FLOOR = 1e-2
 class Tuned(Protocol):
     """A site as something to learn: tensors, and what it gives with them."""
 
-    @property
+    @cached_property
     def start(self) -> Mapping[str, Tensor]:
         """The tensors as the closed form left them, float32."""
         ...

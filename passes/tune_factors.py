@@ -41,31 +41,28 @@ class FactorsTuned(HeadsTuned):
         sides = {n: f for n, f in (("k", held.k), ("v", held.v)) if f is not None}
         return {n: _Part(f, *(("down", "kv") if held.shared else (f"down_{n}", n))) for n, f in sides.items()}
 
-    @property
-    def start(self) -> dict[str, Tensor]:
-        """up_k and up_v (rows, rank), down (rank, source rows) or one of each, and the rest as for heads."""
-        out = {n: x for n, x in super().start.items() if n.removesuffix("_bias") not in self._parts}
-        for name, part in self._parts.items():
-            out |= {f"up_{name}": part.factor.up, part.down: matching(part.factor.down, self._read(part))}
-            bias = getattr(self.made.weights, name).bias
-            out |= {} if bias is None else {f"{name}_bias": bias}
-        return {n: x.float() for n, x in out.items()}
+    def _started(self, name: str, new: Heads, old: Heads) -> dict[str, Tensor]:
+        """up_k and up_v (rows, rank), down (rank, source rows) or one of each, and the constants."""
+        if name not in self._parts:
+            return super()._started(name, new, old)
+        part = self._parts[name]
+        out = {f"up_{name}": part.factor.up, part.down: matching(part.factor.down, self._read(part))}
+        return out | ({} if new.bias is None else {f"{name}_bias": new.bias})
 
     def inputs(self, scene: Scene) -> dict[str, Tensor]:
         """What each tensor is multiplied with."""
-        start = self.start
         out = {n: x for n, x in super().inputs(scene).items() if n not in self._parts}
         for name, part in self._parts.items():
             out[part.down] = self._tokens(rows_of(scene), part)
-            out[f"up_{name}"] = out[part.down] @ start[part.down].T
+            out[f"up_{name}"] = out[part.down] @ self.start[part.down].T
         return out
 
     def done(self, tensors: Mapping[str, Tensor]) -> Rewritten:
         """The result with these tensors."""
-        made = super().done(tensors)
-        downs = {p.down: tensors[p.down].double() @ self._read(p) for p in self._parts.values()}
-        sides = {n: Factor(tensors[f"up_{n}"].double(), downs[p.down]) for n, p in self._parts.items()}
-        return replace(made, factors=Factors(sides.get("k"), sides.get("v")))
+        # a latent's map of rows makes way for its map of inputs
+        found = dict(tensors) | {p.down: tensors[p.down].double() @ self._read(p) for p in self._parts.values()}
+        sides = {n: Factor(found[f"up_{n}"].double(), found[p.down]) for n, p in self._parts.items()}
+        return replace(super().done(found), factors=Factors(sides.get("k"), sides.get("v")))
 
     def _projected(self, name: str, given: Rows, tensors: Mapping[str, Tensor]) -> Tensor:
         if name not in self._parts:
@@ -77,8 +74,7 @@ class FactorsTuned(HeadsTuned):
     def _projection(self, name: str, new: Heads, old: Heads, found: Mapping[str, Tensor]) -> Heads:
         if name not in self._parts:
             return super()._projection(name, new, old, found)
-        part = self._parts[name]
-        weight = found[f"up_{name}"] @ (found[part.down] @ self._read(part))
+        weight = found[f"up_{name}"] @ found[self._parts[name].down]
         return replace(new, weight=weight.view_as(new.weight), bias=found.get(f"{name}_bias"))
 
     def _read(self, part: _Part) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,25 +32,26 @@ class HeadsTuned:
     site: Site
     source: Weights
 
-    @property
+    @cached_property
     def start(self) -> dict[str, Tensor]:
-        """The tensors as the closed form left them, float32: q (h, d, d), k and v (kv heads * d, source rows), out
-        (outputs, h * dv)."""
+        """The tensors as the closed form left them, float32: those of the projections, and out (outputs, h * dv)."""
         out: dict[str, Tensor] = {"out": self.made.weights.out.flatten(1)}
         if self.made.weights.out_bias is not None:
             out["out_bias"] = self.made.weights.out_bias
         for name, new, old in self._projections():
-            if name == "q":
-                old = _picked(old, self.made.order)
-                maps = torch.stack([matching(a, b) for a, b in zip(new.weight, old.weight, strict=True)])
-                there = None if old.bias is None else torch.einsum("hij,hj->hi", maps, old.bias)
-            else:
-                maps = matching(new.weight.flatten(0, 1), old.weight.flatten(0, 1))
-                there = None if old.bias is None else (maps @ old.bias.flatten()).view(new.weight.shape[:2])
-            out[name] = maps
-            if there is not None and new.bias is not None:
-                out[f"{name}_bias"] = new.bias - there
+            out |= self._started(name, new, old)
         return {n: x.float() for n, x in out.items()}
+
+    def _started(self, name: str, new: Heads, old: Heads) -> dict[str, Tensor]:
+        """A projection's map, q (h, d, d), k and v (kv heads * d, source rows), and its constant."""
+        if name == "q":
+            old = _picked(old, self.made.order)
+            maps = torch.stack([matching(a, b) for a, b in zip(new.weight, old.weight, strict=True)])
+            there = None if old.bias is None else torch.einsum("hij,hj->hi", maps, old.bias)
+        else:
+            maps = matching(new.weight.flatten(0, 1), old.weight.flatten(0, 1))
+            there = None if old.bias is None else (maps @ old.bias.flatten()).view(new.weight.shape[:2])
+        return {name: maps} | ({} if there is None or new.bias is None else {f"{name}_bias": new.bias - there})
 
     def inputs(self, scene: Scene) -> dict[str, Tensor]:
         """What each tensor is multiplied with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class LatentTuned:
             raise ValueError(f"{self.made.site.name} has no latents")
         return self.made.latents
 
-    @property
+    @cached_property
     def start(self) -> dict[str, Tensor]:
         """The tensors as the closed form left them, float32. In the rebuilt form nothing is read but keys."""
         held, weights = self._latents, self.made.weights
