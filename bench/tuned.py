@@ -77,13 +77,13 @@ def page(made: str, samples: int) -> str:
     return f"""# What local tuning adds
 
 Perplexity of the converted model divided by the original's, on the held-out text beside the models (windows of
-{CONTEXT} tokens, float32), before and after `tune={STEPS}`: so many steps of Adam per site on the site's projections,
-against the original attention's output on {samples} windows of calibration, which the conversion without tuning has
-too; site after site in the memory of one. No gradient leaves a site. *Excess left*: of what the conversion loses, the
-part that is still lost: less where the form before it is further from the least error that its sizes allow. Steps
-learn what the windows of calibration hold, so that more text helps where more steps do not. Mean pooling is the start
-that uptraining usually takes; beside it is what the same steps make of it. One process on one core;
-`python -m bench.tuned` writes this page.
+{CONTEXT} tokens, float32), before and after `tune={STEPS}`: so many steps of Adam per site, along its gradient's axes,
+on the site's projections, against the original attention's output on {samples} windows of calibration, which the
+conversion without tuning has too; site after site in the memory of one. No gradient leaves a site. *Excess left*: of
+what the conversion loses, the part that is still lost: less where the form before it is further from the least error
+that its sizes allow. Steps learn what the windows of calibration hold, so that more text helps where more steps do not.
+Mean pooling is the start that uptraining usually takes; beside it is what the same steps make of it. One process on one
+core; `python -m bench.tuned` writes this page.
 
 {made}
 """

@@ -7,7 +7,6 @@ did not fit agree.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from torch import Tensor
 from passes import Stats
 from passes.eigen import eigh
 from passes.mla_scene import Scene
+from passes.soap import Soap
 from passes.tune_factors import FactorsTuned
 from passes.tune_heads import HeadsTuned
 from passes.tune_latent import LatentTuned
@@ -26,11 +26,11 @@ from passes.tune_scene import RowScene, staged
 from rewrite.heads import Rewritten, Weights
 from rewrite.site import Site, Sparse
 
-RATES = (4e-2, 1e-2, 2.5e-3)
-"""Steps of Adam relative to the size of a tensor, the first that helps on windows that did not fit; they fall along a
-cosine. A short run cannot choose: what is best over 25 steps is a quarter of what is best over 200."""
+RATES = (8e-2, 2e-2, 5e-3, 1.25e-3)
+"""Steps relative to the size of a tensor, the first that helps on windows that did not fit; they fall to nothing in a
+line. A short run cannot choose: what is best over 25 steps is a quarter of what is best over 200."""
 LOOKS = 16
-"""Gradients from which the axes are known that Adam works along."""
+"""Gradients of the start from which the axes are known that the first steps are taken along."""
 WINDOWS = 16
 """Windows of one step."""
 FLOOR = 1e-2
@@ -72,7 +72,7 @@ def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tun
     if isinstance(tuned, str):
         return replace(made, notes=(*made.notes, f"{site.name}: not tuned, {tuned}"))
     stage = [*staged(stats, site, source)]
-    frames = _framed(tuned, stage, tuning)
+    frames = _framed(tuned, stage)
     before = _judged(tuned, stage, {n: f.start for n, f in frames.items()})
     tries = ((r, _judged(tuned, stage, _learnt(tuned, stage, frames, tuning, r))) for r in RATES)
     rate = next((r for r, after in tries if after < before), None)
@@ -96,18 +96,15 @@ def _tuned(made: Rewritten, site: Site, source: Weights) -> Tuned | str:
 
 @dataclass(frozen=True)
 class Frame:
-    """A tensor as start + left @ move @ right: the inputs of a move are white, it is a part of the tensor's own size,
-    and its axes are those of the gradient, along which Adam scales it."""
+    """A tensor as start + move @ right: the inputs of a move are white, and it is a part of the tensor's own size."""
 
     start: Tensor
-    left: Tensor | None
-    """([heads,] m, m) orthogonal; None for what is no matrix"""
     right: Tensor
     """([heads,] n, n)"""
 
     def at(self, move: Tensor) -> Tensor:
         """The tensor."""
-        return self.start + (move if self.left is None else self.left @ move) @ self.right
+        return self.start + move @ self.right
 
     def still(self) -> Tensor:
         """No move yet."""
@@ -117,40 +114,33 @@ class Frame:
 Frames = Mapping[str, Frame]
 
 
-def _framed(tuned: Tuned, stage: Sequence[RowScene], tuning: Tuning) -> Frames:
-    """White inputs, then the eigenvectors of the gradient's second moments over outputs and inputs, as SOAP has them
-    (Vyas et al., arXiv 2409.11321, section 4); here they are those of the start."""
+def _framed(tuned: Tuned, stage: Sequence[RowScene]) -> Frames:
+    """Every tensor in the frame of its inputs."""
     roots = {n: _root(gram) for n, gram in _moments(tuned, stage).items()}
-    white: dict[str, Frame] = {}
+    frames: dict[str, Frame] = {}
     for name, x in tuned.start.items():
         root = roots.get(name, torch.eye(x.shape[-1]))
         size = (x @ root).square().mean().sqrt().clamp(min=1e-8)
-        white[name] = Frame(x, None, size * torch.linalg.inv(root))
-    names = [n for n, f in white.items() if f.start.dim() > 1]
-    sums = {n: (torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)) for n in names}
-    energy = _energy(stage)
-    for whole, rows in _order(stage, replace(tuning, steps=min(LOOKS, tuning.steps))):
-        moves = {n: f.still() for n, f in white.items()}
-        wrong = _wrong(tuned, _rows(whole, rows), white, moves, energy)
-        found = torch.autograd.grad(wrong, [moves[n] for n in names], allow_unused=True, materialize_grads=True)
-        for name, grad in zip(names, (g.double() for g in found), strict=True):
-            outputs, inputs = sums[name]
-            sums[name] = outputs + grad @ grad.mT, inputs + grad.mT @ grad
-    axes = {n: (eigh(outputs)[1].float(), eigh(inputs)[1].float()) for n, (outputs, inputs) in sums.items()}
-    return white | {n: Frame(white[n].start, left, right.mT @ white[n].right) for n, (left, right) in axes.items()}
+        frames[name] = Frame(x, size * torch.linalg.inv(root))
+    return frames
 
 
 def _learnt(tuned: Tuned, stage: Sequence[RowScene], frames: Frames, tuning: Tuning, rate: float) -> dict[str, Tensor]:
-    """Adam on every tensor in its frame, so that one rate serves all."""
+    """Every tensor moved in its frame, so that one rate serves all."""
     moves = {n: f.still() for n, f in frames.items()}
-    adam = torch.optim.Adam(moves.values(), lr=rate, betas=(0.9, 0.99))
     energy, order = _energy(stage), _order(stage, tuning)
+
+    def gradients(whole: RowScene, rows: list[int]) -> dict[str, Tensor]:
+        wrong = _wrong(tuned, _rows(whole, rows), frames, moves, energy)
+        found = torch.autograd.grad(wrong, [*moves.values()], allow_unused=True, materialize_grads=True)
+        return dict(zip(moves, found, strict=True))
+
+    soap = Soap(moves)
+    for whole, rows in order[:LOOKS]:
+        soap.look(gradients(whole, rows))
+    soap.turn()
     for step, (whole, rows) in enumerate(order):
-        for group in adam.param_groups:
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / len(order)))
-        adam.zero_grad()
-        _wrong(tuned, _rows(whole, rows), frames, moves, energy).backward()
-        adam.step()
+        soap.step(gradients(whole, rows), rate * (1 - step / len(order)))
     return {n: f.at(moves[n]).detach() for n, f in frames.items()}
 
 
