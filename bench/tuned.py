@@ -85,6 +85,12 @@ that its sizes allow. Steps learn what the windows of calibration hold, so that 
 Mean pooling is the start that uptraining usually takes; beside it is what the same steps make of it. One process on one
 core; `python -m bench.tuned` writes this page.
 
+What keeps more than half of the excess on the Llama is its last attention, which alone, from 6 to 3 kv heads, takes the
+perplexity to 1.0096 times. Measured once, there, by 200 steps along axes that did not turn: 1.0064 with the 220
+windows, 1.0060 with 1,000 windows of the text that the model was trained on added, 1.0062 with 1,000 that it wrote
+itself. Divergence of the model's own predictions in place of the output's error: 1.0087, 1.0051 and 1.0055; that loss
+needs much text, and every later layer in each step. With 4,000 windows of training text and 1,000 steps it is 1.0042.
+
 {made}
 """
 
