@@ -1,7 +1,8 @@
-"""Adam along the axes of a matrix's gradient, taken anew on the way: SOAP (Vyas et al., arXiv 2409.11321, algorithm 3).
+"""Adam along the axes of a matrix's gradient, taken anew on the way: SOAP (Vyas et al., arXiv 2409.11321).
 
-Axes are the eigenvectors of the gradient's second moments over outputs and over inputs. They turn after 1, 2, 4, ...
-steps, so that a run of any length pays for few decompositions, most of them where the gradient changes most.
+Axes are the eigenvectors of the gradient's second moments over outputs and over inputs. Here they turn after 1, 2, 4,
+... steps, not at even intervals, so that a run of any length pays for few decompositions, most of them where the
+gradient changes most.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Soap:
     def step(self, gradients: Mapping[str, Tensor], rate: float) -> None:
         """One step of size `rate` along every axis that the gradients agree on."""
         self.look(gradients)
-        if self.steps & (self.steps - 1) == 0 and self.steps:
+        if self.steps.bit_count() == 1:
             self.turn()
         self.steps += 1
         for name, x in self.tensors.items():

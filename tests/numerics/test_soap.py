@@ -31,6 +31,17 @@ def run(loss: Loss, start: Tensor, noise: Tensor, rate: float = 0.05) -> Tensor:
     return x.detach()
 
 
+def adam(loss: Loss, start: Tensor, noise: Tensor, rate: float = 0.05) -> Tensor:
+    """The same by PyTorch's Adam."""
+    x = start.clone().requires_grad_()
+    steps = torch.optim.Adam([x], lr=rate, betas=(FIRST, SECOND), eps=TINY)
+    for step in noise:
+        steps.zero_grad()
+        loss(x, step).backward()
+        steps.step()
+    return x.detach()
+
+
 def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -60,13 +71,7 @@ def test_vectors_move_as_adam_moves_them() -> None:
     def loss(x: Tensor, e: Tensor) -> Tensor:
         return (x - e).pow(4).sum()
 
-    x = start.clone().requires_grad_()
-    adam = torch.optim.Adam([x], lr=0.05, betas=(FIRST, SECOND), eps=TINY)
-    for step in noise:
-        adam.zero_grad()
-        loss(x, step).backward()
-        adam.step()
-    torch.testing.assert_close(run(loss, start, noise), x.detach())
+    torch.testing.assert_close(run(loss, start, noise), adam(loss, start, noise))
 
 
 def test_a_turn_that_finds_the_same_axes_changes_nothing() -> None:
@@ -90,11 +95,5 @@ def test_curvature_that_lies_askew_is_met() -> None:
         return (weight * (a @ (x + e * 1e-3) @ b)).square().sum()
 
     start, noise = drawn(8, 12), drawn(200, 8, 12)
-    x = start.clone().requires_grad_()
-    adam = torch.optim.Adam([x], lr=0.05, betas=(FIRST, SECOND))
-    for step in noise:
-        adam.zero_grad()
-        loss(x, step).backward()
-        adam.step()
     still = torch.zeros_like(start)
-    assert loss(run(loss, start, noise), still) < loss(x.detach(), still) / 10
+    assert loss(run(loss, start, noise), still) < loss(adam(loss, start, noise), still) / 10
