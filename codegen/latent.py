@@ -41,6 +41,22 @@ def keys(latents: Latents, site: Site, c: Tensor, at: Tensor) -> Tensor:
     return k if site.k.rope is None else rotated(site.k.rope, k, at)
 
 
+def expanded(
+    latents: Latents, site: Site, q: Tensor, y: Tensor, at: Tensor, q_at: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, k, v), each (b, h, tokens, width), of heads whose attention is that from the latent: what several queries at
+    once take least work by. Products before scale, cap, bias and mask."""
+    c, r = cached(latents, y, at)
+    v = torch.einsum("bsr,hdr->bhsd", c, latents.up_v.to(c))
+    if latents.up_k is not None:
+        turned = q if site.q.rope is None else rotated(site.q.rope, q, q_at)
+        return turned, keys(latents, site, c, at)[:, list(site.kv_of)], v
+    moving = torch.einsum("bhtd,hpd->bhtp", q, latents.query_turn.to(q))
+    moving = rotated(rotation(latents.frequencies), moving, q_at)
+    still = torch.einsum("bsr,hrd->bhsd", c, latents.read.to(c))
+    return torch.cat([q, moving], -1), torch.cat([still, r[:, None].expand(-1, q.shape[1], -1, -1)], -1), v
+
+
 def scores(latents: Latents, site: Site, q: Tensor, y: Tensor, at: Tensor, q_at: Tensor) -> Tensor:
     """(b, h, t, s) before scale, cap, bias and mask. q (b, h, t, d) before the rope, at positions `q_at`."""
     c, r = cached(latents, y, at)

@@ -237,7 +237,9 @@ def _distances(p: Tensor) -> Tensor:
 def _by_query(p: Tensor, phi: Tensor) -> Tensor:
     """(h, d, d) sum over queries of E_p[e^{iφ_a Δ}]·conj(E_p[e^{iφ_b Δ}])."""
     t, s = p.shape[-2:]
-    mean = (p.to(torch.complex128) @ _turns(torch.arange(s), phi)) * _turns(torch.arange(t), phi).conj()
+    # re and im in one product of real numbers: half the multiplications of a complex one, and no copy of p
+    both = p @ torch.view_as_real(_turns(torch.arange(s), phi)).flatten(1)
+    mean = torch.view_as_complex(both.unflatten(-1, (-1, 2))) * _turns(torch.arange(t), phi).conj()
     rows = mean.transpose(0, 1).flatten(1, 2)
     return rows.transpose(1, 2) @ rows.conj()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from passes.soap import Soap
 from passes.tune_factors import FactorsTuned
 from passes.tune_heads import HeadsTuned
 from passes.tune_latent import LatentTuned
+from passes.tune_lots import Lot, joined, lots_of
 from passes.tune_scene import RowScene, staged
 from rewrite.heads import Rewritten, Weights
 from rewrite.site import Site, Sparse
@@ -31,8 +32,6 @@ RATES = (8e-2, 2e-2, 5e-3, 1.25e-3)
 line. A short run cannot choose: what is best over 25 steps is a quarter of what is best over 200."""
 LOOKS = 16
 """Gradients of the start from which the axes are known that the first steps are taken along."""
-WINDOWS = 16
-"""Windows of one step."""
 FLOOR = 1e-2
 """Directions of a tensor's input that hold less of its mean square count as if they held so much."""
 
@@ -71,16 +70,14 @@ def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tun
     tuned = _tuned(made, site, source)
     if isinstance(tuned, str):
         return replace(made, notes=(*made.notes, f"{site.name}: not tuned, {tuned}"))
-    stage = [*staged(stats, site, source)]
+    stage = [replace(scene, judges=_thinned(scene.judges)) for scene in staged(stats, site, source)]
     frames = _framed(tuned, stage)
     before = _judged(tuned, stage, {n: f.start for n, f in frames.items()})
-    tries = ((r, _judged(tuned, stage, _learnt(tuned, stage, frames, tuning, r))) for r in RATES)
-    rate = next((r for r, after in tries if after < before), None)
-    if rate is None:
+    tries = (_learnt(tuned, stage, frames, tuning, rate) for rate in RATES)
+    best = next((learnt for learnt in tries if _judged(tuned, stage, learnt) < before), None)
+    if best is None:
         return replace(made, notes=(*made.notes, f"{site.name}: tuning left out, it helped on no unseen windows"))
-    # the windows that judged have said what they had to say: the result learns from them too
-    whole = [replace(scene, judges=torch.zeros_like(scene.judges)) for scene in stage]
-    return tuned.done(_learnt(tuned, whole, frames, tuning, rate))
+    return tuned.done(best)
 
 
 def _tuned(made: Rewritten, site: Site, source: Weights) -> Tuned | str:
@@ -128,26 +125,30 @@ def _framed(tuned: Tuned, stage: Sequence[RowScene]) -> Frames:
 def _learnt(tuned: Tuned, stage: Sequence[RowScene], frames: Frames, tuning: Tuning, rate: float) -> dict[str, Tensor]:
     """Every tensor moved in its frame, so that one rate serves all."""
     moves = {n: f.still() for n, f in frames.items()}
-    energy, order = _energy(stage), _order(stage, tuning)
+    energy, lots = _energy(stage), lots_of(stage, tuning.steps, tuning.seed)
 
-    def gradients(whole: RowScene, rows: list[int]) -> dict[str, Tensor]:
-        wrong = _wrong(tuned, _rows(whole, rows), frames, moves, energy)
-        found = torch.autograd.grad(wrong, [*moves.values()], allow_unused=True, materialize_grads=True)
-        return dict(zip(moves, found, strict=True))
+    def gradients(lot: Lot) -> dict[str, Tensor]:
+        tokens = sum(int(scene.fits[i].sum()) for scene, i in lot)
+        sums = [torch.zeros_like(x) for x in moves.values()]
+        for scene in joined(lot):
+            wrong = _wrong(tuned, scene, frames, moves) / (energy * tokens)
+            found = torch.autograd.grad(wrong, [*moves.values()], allow_unused=True, materialize_grads=True)
+            sums = [x + g for x, g in zip(sums, found, strict=True)]
+        return dict(zip(moves, sums, strict=True))
 
     soap = Soap(moves)
-    for whole, rows in order[:LOOKS]:
-        soap.look(gradients(whole, rows))
+    for lot in lots[:LOOKS]:
+        soap.look(gradients(lot))
     soap.turn()
-    for step, (whole, rows) in enumerate(order):
-        soap.step(gradients(whole, rows), rate * (1 - step / len(order)))
+    for step, lot in enumerate(lots):
+        soap.step(gradients(lot), rate * (1 - step / len(lots)))
     return {n: f.at(moves[n]).detach() for n, f in frames.items()}
 
 
-def _wrong(tuned: Tuned, scene: RowScene, frames: Frames, moves: Mapping[str, Tensor], energy: float) -> Tensor:
-    """Squared error of the tokens that fit, relative to the output's energy."""
+def _wrong(tuned: Tuned, scene: RowScene, frames: Frames, moves: Mapping[str, Tensor]) -> Tensor:
+    """Squared error of the tokens that fit."""
     now = {n: f.at(moves[n]) for n, f in frames.items()}
-    return (tuned.output(scene, now) - scene.out.float())[scene.fits].square().sum(-1).mean() / energy
+    return (tuned.output(scene, now) - scene.out.float())[scene.fits].square().sum()
 
 
 def _energy(stage: Sequence[Scene]) -> float:
@@ -174,32 +175,11 @@ def _root(gram: Tensor) -> Tensor:
     return ((vectors * values.sqrt()[..., None, :]) @ vectors.mT).float()
 
 
-def _order(stage: Sequence[RowScene], tuning: Tuning) -> list[tuple[RowScene, list[int]]]:
-    """A few windows for every step: all of them, shuffled, over and over."""
-    parts = [(scene, rows) for scene in stage for rows in _cut(scene)]
-    draw = torch.Generator().manual_seed(tuning.seed)
-    picks: list[int] = []
-    while len(picks) < tuning.steps:
-        picks += torch.randperm(len(parts), generator=draw).tolist()
-    return [parts[i] for i in picks[: tuning.steps]]
-
-
-def _cut(scene: Scene) -> list[list[int]]:
-    """The windows of a scene that fit, a few at a time."""
-    rows = [i for i in range(len(scene.q)) if bool(scene.fits[i].any())]
-    return [rows[i : i + WINDOWS] for i in range(0, len(rows), WINDOWS)]
-
-
-def _rows(scene: RowScene, rows: list[int]) -> RowScene:
-    """Some windows; what is alike for all of them is not copied."""
-
-    def some(x: Tensor) -> Tensor:
-        return x[: len(rows)] if x.stride(0) == 0 else x[rows]
-
-    names = ("q", "y", "raw", "added", "p", "out", "keep", "judges")
-    parts: dict[str, Any] = {n: some(getattr(scene, n)) for n in names}
-    q, k, v = (some(x) for x in scene.rows)
-    return replace(scene, **parts, rows=(q, k, v), sink=None if scene.sink is None else some(scene.sink))
+def _thinned(judges: Tensor) -> Tensor:
+    """Every other window of those (b, t) that judge: an eighth of the text tells which rate helps, and what does not
+    judge is learnt from."""
+    places = judges.any(1).nonzero().flatten()[::2]
+    return judges if len(judges) == 1 else torch.zeros_like(judges).index_copy(0, places, judges[places])
 
 
 def _judged(tuned: Tuned, stage: Sequence[Scene], tensors: Mapping[str, Tensor]) -> float:

@@ -72,15 +72,16 @@ class HeadsTuned:
         q = q if site.q.rope is None else rotated(site.q.rope, q, scene.at)
         k = k if site.k.rope is None else rotated(site.k.rope, k, scene.keys_at)
         factor = uniform(site.q.after) * uniform(site.k.after)
+        k, v = (x.index_select(1, torch.tensor(kv_of, device=x.device)) for x in (k, v))
         if fuses(site):
-            return fused(site, q * factor, k[:, kv_of], v[:, kv_of], scene.added)
-        products = q @ k[:, kv_of].transpose(-1, -2) * factor
+            return fused(site, q * factor, k, v, scene.added)
+        products = q @ k.transpose(-1, -2) * factor
         s_bhts = scored(site, products, mask=scene.added[:, order])
         if any(isinstance(m, Sink) for m in site.mods) and scene.sink is not None:
             p = torch.cat([s_bhts, scene.sink[:, order]], -1).softmax(-1)[..., :-1]
         else:
             p = torch.nan_to_num(s_bhts.softmax(-1))
-        return p @ v[:, kv_of]
+        return p @ v
 
     def done(self, tensors: Mapping[str, Tensor]) -> Rewritten:
         """The result with these tensors."""

@@ -8,7 +8,9 @@ from functools import cached_property
 
 from torch import Tensor
 
+from codegen.latent import expanded
 from passes.mla_scene import Scene
+from passes.tune_scene import fused, fuses
 from rewrite.heads import Latents, Rewritten
 
 LEARNT = ("down", "turn", "read", "query_turn", "up_v", "up_k")
@@ -39,13 +41,13 @@ class LatentTuned:
     def inputs(self, scene: Scene) -> dict[str, Tensor]:
         """What each tensor is multiplied with."""
         c = scene.y @ self._latents.down.to(scene.y).T
-        z = scene.heads(self._latents).transpose(1, 2).flatten(2)
+        z = _heads(scene, self._latents).transpose(1, 2).flatten(2)
         rows = {"down": scene.y, "turn": scene.y, "read": scene.q, "query_turn": scene.q, "up_v": c, "up_k": c}
         return {n: x for n, x in (rows | {"out": z}).items() if n in self.start}
 
     def output(self, scene: Scene, tensors: Mapping[str, Tensor]) -> Tensor:
         """(b, t, outputs) of the attention."""
-        z = scene.heads(replace(self._latents, **{n: tensors[n] for n in LEARNT if n in tensors}))
+        z = _heads(scene, replace(self._latents, **{n: tensors[n] for n in LEARNT if n in tensors}))
         y = z.transpose(1, 2).flatten(2) @ tensors["out"].T
         return y + tensors["out_bias"] if "out_bias" in tensors else y
 
@@ -57,3 +59,11 @@ class LatentTuned:
         out = found["out"].view_as(self.made.weights.out)
         weights = replace(self.made.weights, out=out, out_bias=bias)
         return replace(self.made, weights=weights, latents=latents)
+
+
+def _heads(scene: Scene, latents: Latents) -> Tensor:
+    """(b, h, t, dv) the heads' outputs, by the fused kernel where it serves."""
+    if not fuses(scene.site):
+        return scene.heads(latents)
+    y = scene.y if latents.key_norm is None else scene.raw
+    return fused(scene.site, *expanded(latents, scene.site, scene.q, y, scene.keys_at, scene.at), scene.added)

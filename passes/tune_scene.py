@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from codegen.eager import rotated
 from codegen.latent import features
@@ -41,9 +41,12 @@ def fuses(site: Site) -> bool:
 
 
 def fused(site: Site, q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
-    """(b, h, t, dv) attention of q (b, h, t, d) on k and v (b, h, s, ...), turned already."""
+    """(b, h, t, dv) attention of q (b, h, t, d) on k (b, h, s, d) and v (b, h, s, dv), turned already."""
     scale = torch.as_tensor(site.scale, dtype=q.dtype).expand(site.heads)[:, None, None]
-    return scaled_dot_product_attention(q * scale, k, v, attn_mask=added, scale=1.0)
+    width = max(q.shape[-1], v.shape[-1])
+    # the kernel that holds no scores takes one width for all
+    q, k, v_wide = (pad(x, (0, width - x.shape[-1])) for x in (q * scale, k, v))
+    return scaled_dot_product_attention(q, k, v_wide, attn_mask=added, scale=1.0)[..., : v.shape[-1]]
 
 
 def staged(stats: Stats, site: Site, source: Weights) -> Iterator[RowScene]:

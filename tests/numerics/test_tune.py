@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from passes import tune, tune_heads, tune_scene
+from passes import tune, tune_heads, tune_latent, tune_lots, tune_scene
 from passes.convert import Change, convert_sites
 from passes.factor import LowRank
 from passes.find import Found, find
@@ -53,8 +53,9 @@ def test_tuning_lowers_the_error(kind: str, target: Any) -> None:
     assert tuned.error < plain.error
 
 
-def test_tuning_is_the_same_every_time_and_hangs_on_its_seed() -> None:
+def test_tuning_is_the_same_every_time_and_hangs_on_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     target = MLA(cache=0.125, polish=0)
+    monkeypatch.setattr(tune_lots, "TOKENS", 256)
     once, again, other = (converted("llama", target, Tuning(10, seed)) for seed in (0, 0, 1))
     assert once.rewritten.latents is not None
     assert again.rewritten.latents is not None
@@ -93,7 +94,7 @@ def test_a_mask_has_nothing_to_learn() -> None:
     assert any("not tuned, a mask holds no numbers to fit" in note for note in tuned.rewritten.notes)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", [*TARGETS, MLA(cache=0.125, form="rebuilt", polish=0)], ids=str)
 def test_one_table_of_positions_gives_what_probabilities_give(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused kernel on a mask for all windows learns what the general form learns."""
     fused = converted("llama", target, Tuning(8))
@@ -102,8 +103,16 @@ def test_one_table_of_positions_gives_what_probabilities_give(target: Any, monke
     def never(_: Site) -> bool:
         return False
 
-    for module in (tune_scene, tune_heads):
+    for module in (tune_scene, tune_heads, tune_latent):
         monkeypatch.setattr(module, "fuses", never)
     general = converted("llama", target, Tuning(8))
     # axes of alike gradients may stand in any direction, so that weights agree less than what they give
     assert fused.error == pytest.approx(general.error, rel=3e-3)
+
+
+def test_a_step_in_pieces_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = MLA(cache=0.125, polish=0)
+    whole = converted("llama", target, Tuning(4))
+    monkeypatch.setattr(tune_lots, "SCORES", 1)
+    pieces = converted("llama", target, Tuning(4))
+    assert pieces.error == pytest.approx(whole.error, rel=1e-3)
