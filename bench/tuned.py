@@ -95,9 +95,9 @@ the best leaves 1.0056, the worst 1.0090, and the one that the closed form finds
 1.0070: the output's error does not tell these apart. Part of what is left is how the error happens to lie to the words
 that come next, and that no step on the output's error sees.
 
-The mean-pooled rows, and the GPT-2's of MLA, are of the steps before: 16 windows that are neighbours, rates judged by
-a quarter of the text and the best run again with all of it; the GPT-2's mean-pooled ones along axes that did not
-turn. The Llama's MLA at 25 % was timed while the scores of latents were still held one and all.
+The mean-pooled rows are of the steps before: 16 windows that are neighbours, rates judged by a quarter of the text
+and the best run again with all of it; the GPT-2's mean-pooled ones along axes that did not turn. The Llama's MLA at
+25 % was timed while the scores of latents were still held one and all.
 
 {made}
 """
