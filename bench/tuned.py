@@ -85,15 +85,15 @@ that its sizes allow. Steps learn what the windows of calibration hold, so that 
 Mean pooling is the start that uptraining usually takes; beside it is what the same steps make of it. One process on one
 core; `python -m bench.tuned` writes this page.
 
-What keeps more than half of the excess on the Llama is its last attention, which alone, from 6 to 3 kv heads, takes the
-perplexity to 1.0096 times. Measured once, there, 200 steps of 16 windows that are neighbours in the text leave 1.0064,
-of 16 from all over it 1.0062, of 32 the same, of 64 and half as long again 1.0061, and 1,000 steps of 16 1.0060. Where
-the steps have 1,024 windows, most of them text that the model was trained on, it is 1.0053. Divergence of the model's
-own predictions in place of the output's error needs much text, and every later layer in each step: 1.0087 with the 220
-windows, 1.0051 with 1,000 more, 1.0042 with 4,000 and 1,000 steps. Of the fifteen ways to pair six heads, tuned alike,
-the best leaves 1.0056, the worst 1.0090, and the one that the closed form finds in 1,024 windows, tuned on these,
-1.0070: the output's error does not tell these apart. Part of what is left is how the error happens to lie to the words
-that come next, and that no step on the output's error sees.
+What keeps more than half of the Llama's excess with fewer kv heads is its last attention, which alone, from 6 to 3,
+takes the perplexity to 1.0096 times. Measured once, there, 200 steps of 16 windows that are neighbours in the text
+leave 1.0064, of 16 from all over it 1.0062, of 32 the same, of 64 and half as long again 1.0061, and 1,000 steps of 16
+1.0060. Where the steps have 1,024 windows, most of them text that the model was trained on, it is 1.0053. Divergence
+of the model's own predictions in place of the output's error needs much text, and every later layer in each step:
+1.0087 with the 220 windows, 1.0051 with 1,000 more, 1.0042 with 4,000 and 1,000 steps. Of the fifteen ways to pair six
+heads, tuned alike, the best leaves 1.0056, the worst 1.0090, and the one that the closed form finds in 1,024 windows,
+tuned on these, 1.0070: the output's error does not tell these apart. Part of what is left is how the error happens to
+lie to the words that come next, and that no step on the output's error sees.
 
 The mean-pooled rows are of the steps before: 16 windows that are neighbours, rates judged by a quarter of the text
 and the best run again with all of it; the GPT-2's mean-pooled ones along axes that did not turn. The Llama's MLA at

@@ -41,18 +41,24 @@ def keys(latents: Latents, site: Site, c: Tensor, at: Tensor) -> Tensor:
     return k if site.k.rope is None else rotated(site.k.rope, k, at)
 
 
+def turned(latents: Latents, site: Site, q: Tensor, q_at: Tensor) -> Tensor:
+    """(b, h, t, width): what of the queries turns, which in the rebuilt form is all of them."""
+    if latents.up_k is not None:
+        return q if site.q.rope is None else rotated(site.q.rope, q, q_at)
+    moving = torch.einsum("bhtd,hpd->bhtp", q, latents.query_turn.to(q))
+    return rotated(rotation(latents.frequencies), moving, q_at)
+
+
 def expanded(
     latents: Latents, site: Site, q: Tensor, y: Tensor, at: Tensor, q_at: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q, k, v), each (b, h, tokens, width), of heads whose attention is that from the latent: what several queries at
     once take least work by. Products before scale, cap, bias and mask."""
     c, r = cached(latents, y, at)
+    moving = turned(latents, site, q, q_at)
     v = torch.einsum("bsr,hdr->bhsd", c, latents.up_v.to(c))
     if latents.up_k is not None:
-        turned = q if site.q.rope is None else rotated(site.q.rope, q, q_at)
-        return turned, keys(latents, site, c, at)[:, list(site.kv_of)], v
-    moving = torch.einsum("bhtd,hpd->bhtp", q, latents.query_turn.to(q))
-    moving = rotated(rotation(latents.frequencies), moving, q_at)
+        return moving, keys(latents, site, c, at)[:, list(site.kv_of)], v
     still = torch.einsum("bsr,hrd->bhsd", c, latents.read.to(c))
     return torch.cat([q, moving], -1), torch.cat([still, r[:, None].expand(-1, q.shape[1], -1, -1)], -1), v
 
@@ -60,16 +66,14 @@ def expanded(
 def scores(latents: Latents, site: Site, q: Tensor, y: Tensor, at: Tensor, q_at: Tensor) -> Tensor:
     """(b, h, t, s) before scale, cap, bias and mask. q (b, h, t, d) before the rope, at positions `q_at`."""
     c, r = cached(latents, y, at)
+    moving = turned(latents, site, q, q_at)
     if latents.up_k is not None:
-        turned = q if site.q.rope is None else rotated(site.q.rope, q, q_at)
-        return turned @ keys(latents, site, c, at)[:, list(site.kv_of)].transpose(-1, -2)
+        return moving @ keys(latents, site, c, at)[:, list(site.kv_of)].transpose(-1, -2)
     read = latents.read.to(q)
     if _expands(q.shape[1] * q.shape[2] * y.shape[1], latents.rank, q.shape[2], q.shape[3]):
         still = q @ (read.mT.flatten(0, 1) @ c.mT).unflatten(1, (q.shape[1], -1))
     else:
         still = torch.einsum("bhtd,hrd->bhtr", q, read) @ c[:, None].transpose(-1, -2)
-    moving = torch.einsum("bhtd,hpd->bhtp", q, latents.query_turn.to(q))
-    moving = rotated(rotation(latents.frequencies), moving, q_at)
     if moving.numel() * y.shape[1] > EXPANDED:
         # heads as rows: the cached channels are not copied for each
         return still + (moving.flatten(1, 2) @ r.mT).unflatten(1, q.shape[1:3])

@@ -74,10 +74,10 @@ def tune(made: Rewritten, site: Site, source: Weights, stats: Stats, tuning: Tun
     frames = _framed(tuned, stage)
     before = _judged(tuned, stage, {n: f.start for n, f in frames.items()})
     tries = (_learnt(tuned, stage, frames, tuning, rate) for rate in RATES)
-    best = next((learnt for learnt in tries if _judged(tuned, stage, learnt) < before), None)
-    if best is None:
+    learnt = next((t for t in tries if _judged(tuned, stage, t) < before), None)
+    if learnt is None:
         return replace(made, notes=(*made.notes, f"{site.name}: tuning left out, it helped on no unseen windows"))
-    return tuned.done(best)
+    return tuned.done(learnt)
 
 
 def _tuned(made: Rewritten, site: Site, source: Weights) -> Tuned | str:

@@ -64,8 +64,9 @@ def _scene(lot: Lot) -> RowScene:
             return one[:1].expand(len(lot), *one.shape[1:])
         return torch.stack([of(scene)[i] for scene, i in lot])
 
-    names = ("q", "y", "raw", "added", "p", "out", "keep", "judges")
+    names = ("q", "y", "raw", "added", "out", "keep", "judges")
     parts: dict[str, Any] = {n: together(attrgetter(n)) for n in names}
     q, k, v = (together(lambda scene, at=at: scene.rows[at]) for at in range(3))
     sink = None if first.sink is None else together(attrgetter("sink"))
-    return replace(first, **parts, rows=(q, k, v), sink=sink)
+    # nobody who learns asks for the original's probabilities, which are as many as the scores
+    return replace(first, **parts, p=parts["added"], rows=(q, k, v), sink=sink)

@@ -43,10 +43,10 @@ def fuses(site: Site) -> bool:
 def fused(site: Site, q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
     """(b, h, t, dv) attention of q (b, h, t, d) on k (b, h, s, d) and v (b, h, s, dv), turned already."""
     scale = torch.as_tensor(site.scale, dtype=q.dtype).expand(site.heads)[:, None, None]
-    width = max(q.shape[-1], v.shape[-1])
+    width, values = max(q.shape[-1], v.shape[-1]), v.shape[-1]
     # the kernel that holds no scores takes one width for all
-    q, k, v_wide = (pad(x, (0, width - x.shape[-1])) for x in (q * scale, k, v))
-    return scaled_dot_product_attention(q, k, v_wide, attn_mask=added, scale=1.0)[..., : v.shape[-1]]
+    q, k, v = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q * scale, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=added, scale=1.0)[..., :values]
 
 
 def staged(stats: Stats, site: Site, source: Weights) -> Iterator[RowScene]:

@@ -65,7 +65,7 @@ def test_every_window_that_fits_is_looked_at_before_any_twice(shapes: list[tuple
         seen.update(number(s, i) for s, i in lot)
     assert set(seen) <= fit
     if seen and len(fit) <= 40:
-        # some lot of 40 is the last of its round: the counts of two windows differ by at most one round
+        # a round has no more lots than windows, so that one round at least is whole
         assert set(seen) == fit
         assert max(seen.values()) - min(seen.values()) <= 1
 
