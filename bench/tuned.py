@@ -30,25 +30,48 @@ class Case:
 
     label: str
     target: Any
+    bare: Any | None
+    """The target without its Gauss-Newton steps, where it has some"""
 
 
 CASES = (
-    *(Case(f"GQA, 6 to {n} kv heads", GQA(n)) for n in (3, 2, 1)),
-    *(Case(f"mean-pooled GQA, 6 to {n} kv heads", GQA(n, method="mean", refit=False)) for n in (3, 2, 1)),
-    *(Case(f"MLA, {100 * cache:g} % of the cache", MLA(cache=cache)) for cache in (0.25, 0.125)),
+    *(Case(f"GQA, 6 to {n} kv heads", GQA(n), GQA(n, polish=0)) for n in (3, 2, 1)),
+    *(Case(f"mean-pooled GQA, 6 to {n} kv heads", GQA(n, method="mean", refit=False), None) for n in (3, 2, 1)),
+    *(Case(f"MLA, {100 * c:g} % of the cache", MLA(cache=c), MLA(cache=c, polish=0)) for c in (0.25, 0.125)),
 )
-Table = Mapping[tuple[str, str], tuple[Measured, Measured]]
-"""(model, label) -> before and after."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case on a model: its closed form alone, as it is without tuning, and tuned."""
+
+    bare: Measured | None
+    before: Measured
+    after: Measured
+
+    def cells(self) -> list[str]:
+        """The figures of a line."""
+        excess = self.before.ratio - 1
+        left = f"{(self.after.ratio - 1) / excess:.2f}" if excess > 5e-4 else "–"
+        known = self.before.converting and self.after.converting
+        took = f"{(self.after.converting - self.before.converting) / self.after.sites:.0f}" if known else "–"
+        ratios = [f"{m.ratio:.4f}" if m else "–" for m in (self.bare, self.before, self.after)]
+        return [*ratios, left, took]
+
+
+Table = Mapping[tuple[str, str], Row]
+"""By (model, label)."""
 
 
 def measured(models: Path, kinds: Sequence[str], samples: int, windows: int | None, ledger: Ledger) -> Table:
     """Every case on every model."""
-    table: dict[tuple[str, str], tuple[Measured, Measured]] = {}
+    table: dict[tuple[str, str], Row] = {}
     for kind in kinds:
         model = source(models, kind, samples, windows)
         for case in CASES:
+            bare = None if case.bare is None else ledger.measure(model, case.bare)
             before, after = (ledger.measure(model, case.target, tune=steps) for steps in (0, STEPS))
-            table[kind, case.label] = before, after
+            table[kind, case.label] = Row(bare, before, after)
     return table
 
 
@@ -58,16 +81,10 @@ def tables(table: Table) -> str:
     for kind in dict.fromkeys(kind for kind, _ in table):
         lines = [
             f"## {kind}\n",
-            "| target | as it is | tuned | excess left | tuning, CPU-s per site |",
-            "|---|---|---|---|---|",
+            "| target | closed form | as it is | tuned | excess left | tuning, CPU-s per site |",
+            "|---|---|---|---|---|---|",
+            *(f"| {label} | " + " | ".join(row.cells()) + " |" for (own, label), row in table.items() if own == kind),
         ]
-        for (own, label), (before, after) in table.items():
-            if own == kind:
-                excess = before.ratio - 1
-                left = f"{(after.ratio - 1) / excess:.2f}" if excess > 5e-4 else "–"
-                known = before.converting and after.converting
-                took = f"{(after.converting - before.converting) / after.sites:.0f}" if known else "–"
-                lines.append(f"| {label} | {before.ratio:.4f} | {after.ratio:.4f} | {left} | {took} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -79,25 +96,25 @@ def page(made: str, samples: int) -> str:
 Perplexity of the converted model divided by the original's, on the held-out text beside the models (windows of
 {CONTEXT} tokens, float32), before and after `tune={STEPS}`: so many steps of Adam per site, along its gradient's axes,
 on the site's projections, against the original attention's output on {samples} windows of calibration, which the
-conversion without tuning has too; site after site in the memory of one. No gradient leaves a site. *Excess left*: of
-what the conversion loses, the part that is still lost: less where the form before it is further from the least error
-that its sizes allow. Steps learn what the windows of calibration hold, so that more text helps where more steps do not.
-Mean pooling is the start that uptraining usually takes; beside it is what the same steps make of it. One process on one
-core; `python -m bench.tuned` writes this page.
+conversion without tuning has too; site after site in the memory of one. No gradient leaves a site. *Closed form*:
+without the Gauss-Newton steps on the output's error that end a conversion by default (`polish=0` leaves them out; mean
+pooling has none). *Excess left*: of what the conversion as it is loses, the part that is still lost: less where the
+form before it is further from the least error that its sizes allow. Steps learn what the windows of calibration hold,
+so that more text helps where more steps do not. Mean pooling is the start that uptraining usually takes; beside it is
+what the same steps make of it. One process on one core; `python -m bench.tuned` writes this page.
 
 What keeps more than half of the Llama's excess with fewer kv heads is its last attention, which alone, from 6 to 3,
 takes the perplexity to 1.0096 times. Measured once, there, 200 steps of 16 windows that are neighbours in the text
 leave 1.0064, of 16 from all over it 1.0062, of 32 the same, of 64 and half as long again 1.0061, and 1,000 steps of 16
-1.0060. Where the steps have 1,024 windows, most of them text that the model was trained on, it is 1.0053. Divergence
-of the model's own predictions in place of the output's error needs much text, and every later layer in each step:
-1.0087 with the 220 windows, 1.0051 with 1,000 more, 1.0042 with 4,000 and 1,000 steps. Of the fifteen ways to pair six
+1.0060. Where the steps have 1,024 windows, most of them text that the model was trained on, it is 1.0053; with 880
+windows beside the 220 that the model wrote itself, on from places in them, 1.0056, with 2,640 of these 1.0057.
+Constants on queries, keys, values and the output, which the model does not have, leave 1.0062. Divergence of the
+model's own predictions in place of the output's error needs much text, and every later layer in each step: 1.0087 with
+the 220 windows, 1.0051 with 1,000 more, 1.0042 with 4,000 and 1,000 steps. The error together with its Fisher metric,
+six gradients drawn for each token, leaves 1.0063, and 1.0053 with the 880 windows. Of the fifteen ways to pair six
 heads, tuned alike, the best leaves 1.0056, the worst 1.0090, and the one that the closed form finds in 1,024 windows,
 tuned on these, 1.0070: the output's error does not tell these apart. Part of what is left is how the error happens to
 lie to the words that come next, and that no step on the output's error sees.
-
-The mean-pooled rows are of the steps before: 16 windows that are neighbours, rates judged by a quarter of the text
-and the best run again with all of it; the GPT-2's mean-pooled ones along axes that did not turn. The Llama's MLA at
-25 % was timed while the scores of latents were still held one and all.
 
 {made}
 """
