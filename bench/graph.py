@@ -15,7 +15,7 @@ from bench.quality import CONTEXT, held_out, perplexity
 from codegen.latent import attention
 from passes import Target
 from passes.calibrate import Stream
-from passes.convert import Change, convert_sites, named_tensors
+from passes.convert import convert_sites, named_tensors
 from passes.find import Found, find
 from passes.mla_basis import of_tokens
 from passes.moments import SiteBatch
@@ -24,7 +24,7 @@ from passes.trial import heads_outputs, inner, uniform
 from passes.tune import Tuning
 from rewrite.calibration import Batch, Windows, batches
 from rewrite.capture import capture
-from rewrite.heads import Latents
+from rewrite.heads import Change, Latents
 from rewrite.layout import expanded
 from rewrite.opened import open_model
 from rewrite.program import Program

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from bench.graph import Source, source
 from bench.ledger import arguments
 from bench.quality import CONTEXT, MODELS, ROOT
-from passes.convert import Change
 from passes.sparse import BlockSparse
 from passes.sparse_shape import pairs
 from rewrite.emit import emit_sparse
 from rewrite.emit.validate import cache_bytes
+from rewrite.heads import Change
 
 DENSITIES = (0.5, 0.25)
 PROMPT, NEW = 192, 63

@@ -16,7 +16,7 @@ from passes.region import Machine, Slice, slice_of, twins
 from passes.spread import open_shares, spread_targets
 from passes.trial import inner
 from passes.tune import Tuning, tune
-from rewrite.heads import Rewritten
+from rewrite.heads import Change, Rewritten
 from rewrite.layout import expanded, gather
 from rewrite.program import Program
 from rewrite.ranks import ALONE, Ranks
@@ -38,16 +38,6 @@ class _Counted:
     def __call__(self, name: str) -> None:
         self.progress(name, self.done, self.total)
         self.done += 1
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """One converted site: what it was, what it became, and the attention output's relative squared error on the
-    calibration text (None without calibration)."""
-
-    site: Site
-    rewritten: Rewritten
-    error: float | None
 
 
 def named_tensors(module: nn.Module) -> Tensors:

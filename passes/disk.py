@@ -10,16 +10,14 @@ from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from rewrite.heads import Change
 from rewrite.site import Tensors
-
-if TYPE_CHECKING:
-    from passes.convert import Change
 
 SMALL = 1 << 16
 """Bytes below which a value is not worth a file."""

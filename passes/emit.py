@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from passes.convert import Change, named_tensors
+from passes.convert import named_tensors
 from passes.lower import lower
 from passes.lower_factored import unsplittable
 from passes.lower_sparse import backends
@@ -21,6 +21,7 @@ from rewrite.emit.choose import Changes, padded
 from rewrite.emit.deepseek import Layout, filled, layout
 from rewrite.emit.factored import proven, shipped
 from rewrite.emit.validate import differs_in_logits
+from rewrite.heads import Change
 from rewrite.program import Program
 from rewrite.site import Factored, Latent, Site, Sparse
 

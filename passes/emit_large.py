@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from passes.convert import Change
 from passes.emit import How, emit_changes, require, stock_layout
 from passes.plan import Plan
 from passes.saved import Pairs
@@ -16,6 +15,7 @@ from rewrite.emit.large import Large, Proven
 from rewrite.emit.stock import fields
 from rewrite.emit.twin import share_alike
 from rewrite.emit.validate import differs_in_logits
+from rewrite.heads import Change
 from rewrite.program import Program
 from rewrite.short import in_float, kinds
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from passes.convert import Change
-from rewrite.heads import Rewritten
+from rewrite.heads import Change, Rewritten
 from rewrite.journal import Journal
 from rewrite.site import Site
 from rewrite.stored import restored, stored

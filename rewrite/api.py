@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from passes import Target
 from passes.asked import Asked, Inputs
-from passes.convert import Change, convert_sites
+from passes.convert import convert_sites
 from passes.emit import How, forecast, require
 from passes.emit import emit as emit_forms
 from passes.find import Found, find
@@ -28,6 +28,7 @@ from rewrite.capture import capture
 from rewrite.compare import check as compare
 from rewrite.errors import BadUsage
 from rewrite.folder import draft, joined, refuse_output
+from rewrite.heads import Change
 from rewrite.opened import Opened, open_folder, open_model
 from rewrite.program import Program
 from rewrite.progress import Tell, silent

@@ -128,3 +128,13 @@ class Rewritten:
     notes: tuple[str, ...] = ()
     latents: Latents | None = None
     factors: Factors | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One converted site: what it was, what it became, and the attention output's relative squared error on the
+    calibration text (None without calibration)."""
+
+    site: Site
+    rewritten: Rewritten
+    error: float | None

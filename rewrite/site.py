@@ -7,13 +7,14 @@ Letters for the whole project: b batch, h query heads, g kv heads, t query token
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from rewrite.data import Data
 
 if TYPE_CHECKING:
     from rewrite.mask import Mask
@@ -22,40 +23,6 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Tensors = Callable[[str], Any]
 """State-dict name -> tensor. Passes never care whether it reads a live module or a file."""
-
-
-def digest(value: Any) -> str:
-    """Short stable hash of a dataclass tree with arrays in it; equal data give equal text."""
-    state = hashlib.sha256()
-
-    def feed(x: Any) -> None:
-        if isinstance(x, np.ndarray):
-            state.update(f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes())
-        elif is_dataclass(x) and not isinstance(x, type):
-            state.update(type(x).__name__.encode())
-            for f in fields(x):
-                feed(getattr(x, f.name))
-        elif isinstance(x, Mapping):
-            feed(sorted(x.items()))
-        elif isinstance(x, (tuple, list)):
-            state.update(f"({len(x)}".encode())
-            for item in x:
-                feed(item)
-        else:
-            state.update(repr(x).encode())
-
-    feed(value)
-    return state.hexdigest()[:16]
-
-
-class Data:
-    """Equality and hash by content, arrays included; every class of this file is one."""
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and digest(self) == digest(other)
-
-    def __hash__(self) -> int:
-        return int(digest(self), 16)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from rewrite import heads, site
+from rewrite.data import digest
 from rewrite.heads import Rewritten
 from rewrite.mask import Mask, parse
-from rewrite.site import Site, digest
+from rewrite.site import Site
 
 KNOWN: dict[str, type[Any]] = {
     name: kind

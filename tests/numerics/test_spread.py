@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from passes import Target
-from passes.convert import Change, convert_sites
+from passes.convert import convert_sites
 from passes.find import Found, find
 from passes.knapsack import between, spread
 from passes.mla import MLA
@@ -20,6 +20,7 @@ from passes.spread import open_shares, settled, words
 from rewrite import convert, plan
 from rewrite.capture import capture
 from rewrite.emit.validate import cache_bytes
+from rewrite.heads import Change
 from rewrite.program import Program
 
 EASY = 1

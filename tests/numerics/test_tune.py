@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from passes import tune, tune_heads, tune_latent, tune_lots, tune_scene
-from passes.convert import Change, convert_sites
+from passes.convert import convert_sites
 from passes.factor import LowRank
 from passes.find import Found, find
 from passes.gqa import GQA
@@ -19,6 +19,7 @@ from passes.sparse import BlockSparse
 from passes.tune import Tuning
 from rewrite.calibration import Windows, batches
 from rewrite.capture import capture
+from rewrite.heads import Change
 from rewrite.mask import causal, window
 from rewrite.opened import open_model
 from rewrite.program import Program

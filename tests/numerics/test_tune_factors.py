@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from passes.assign import suited, uncached
-from passes.convert import Change, convert_sites
+from passes.convert import convert_sites
 from passes.mla import MLA
 from passes.refit import relative
 from passes.tune import Tuned, Tuning
 from passes.tune_scene import RowScene
+from rewrite.heads import Change
 from tests.numerics.test_factor import WIDTH, Encoder, Normed, found
 from tests.zoo.spellings import HalfRope
 

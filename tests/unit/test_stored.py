@@ -14,9 +14,10 @@ from passes.mla import MLA
 from passes.sparse import BlockSparse
 from rewrite.capture import capture
 from rewrite.checkpoint import require_checkpoint
+from rewrite.data import digest
 from rewrite.heads import Factor, Factors
 from rewrite.layout import gather
-from rewrite.site import Site, digest
+from rewrite.site import Site
 from rewrite.stored import narrowest, restored, stored
 
 QWEN = Path(__file__).parents[2] / "examples" / "models" / "qwen3"
