@@ -107,14 +107,14 @@ What keeps more than half of the Llama's excess with fewer kv heads is its last 
 takes the perplexity to 1.0096 times. Measured once, there, 200 steps of 16 windows that are neighbours in the text
 leave 1.0064, of 16 from all over it 1.0062, of 32 the same, of 64 and half as long again 1.0061, and 1,000 steps of 16
 1.0060. Where the steps have 1,024 windows, most of them text that the model was trained on, it is 1.0053; with 880
-windows beside the 220 that the model wrote itself, on from places in them, 1.0056, with 2,640 of these 1.0057.
-Constants on queries, keys, values and the output, which the model does not have, leave 1.0062. Divergence of the
-model's own predictions in place of the output's error needs much text, and every later layer in each step: 1.0087 with
-the 220 windows, 1.0051 with 1,000 more, 1.0042 with 4,000 and 1,000 steps. The error together with its Fisher metric,
-six gradients drawn for each token, leaves 1.0063, and 1.0053 with the 880 windows. Of the fifteen ways to pair six
-heads, tuned alike, the best leaves 1.0056, the worst 1.0090, and the one that the closed form finds in 1,024 windows,
-tuned on these, 1.0070: the output's error does not tell these apart. Part of what is left is how the error happens to
-lie to the words that come next, and that no step on the output's error sees.
+beside the 220 of calibration, which the model wrote itself, on from places in these, it is 1.0056, with 2,640 of its
+own 1.0057. Constants on queries, keys, values and the output, which the model does not have, leave 1.0062. Divergence
+of the model's own predictions in place of the output's error needs much text, and every later layer in each step:
+1.0087 with the 220 windows, 1.0051 with 1,000 more, 1.0042 with 4,000 and 1,000 steps. The error together with its
+Fisher metric, six gradients drawn for each token, leaves 1.0063, and 1.0053 with the 880 windows. Of the fifteen ways
+to pair six heads, tuned alike, the best leaves 1.0056, the worst 1.0090, and the one that the closed form finds in
+1,024 windows, tuned on these, 1.0070: the output's error does not tell these apart. Part of what is left is how the
+error happens to lie to the words that come next, and that no step on the output's error sees.
 
 {made}
 """
